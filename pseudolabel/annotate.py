@@ -1,0 +1,141 @@
+"""Annotating many shards: skip those that are done, publish each part whole, name what is damaged at the end.
+
+    annotate(list_shards("unlabeled/"), parse_teacher("checkpoint:runs/teacher"), "store", engine=LocalEngine())
+
+What happens to one shard is in `labeling.py`; where it happens is the engine's business.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pseudolabel import storage
+from pseudolabel.errors import DamagedShard, StoreMismatch, TooManyRejects
+from pseudolabel.interfaces import Engine, Teacher
+from pseudolabel.labeling import AnnotateWork, Progress, annotate_shard, identify
+from pseudolabel.labels import store
+from pseudolabel.labels.schema import PartInfo
+from pseudolabel.settings import AnnotateSettings
+from pseudolabel.shards import Shard
+
+__all__ = ["AnnotateResult", "Progress", "annotate", "annotate_shard"]
+
+_EARLY_STOP_SAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class AnnotateResult:
+    """Totals over the shards that were asked for, those already done included; `parts_*` and `seconds` are this
+    command's.
+    """
+
+    samples: int
+    rejects: int
+    parts_written: int
+    parts_skipped: int
+    seconds: float
+    fingerprint: str
+
+
+def annotate(
+    shards: Sequence[Shard],
+    teacher: Teacher,
+    out: str | Path,
+    *,
+    engine: Engine,
+    settings: AnnotateSettings | None = None,
+    max_reject_fraction: float = 0.1,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> AnnotateResult:
+    """Annotate `shards` into the store at `out`; those with a part are skipped.
+
+    Raises:
+        StoreMismatch: the store is of another teacher or settings, or a shard was edited since it was annotated.
+        DamagedShard: some shards are damaged; all others are done by then.
+        TooManyRejects: more than `max_reject_fraction` of the samples were rejected.
+    """
+    settings = settings or AnnotateSettings()
+    started = time.monotonic()
+    target = store.create(out, identify(teacher.load(torch.device("cpu")), settings))
+    done = set(target.part_names())
+    tally = _Tally(max_reject_fraction)
+    for shard in shards:
+        if shard.name in done:
+            info = target.info(shard.name)
+            _check_same_size(shard, info)
+            tally.add(shard, info.samples, info.rejects)
+    todo = {shard.name: shard for shard in shards if shard.name not in done}
+    work = AnnotateWork(teacher, settings, str(target.root), target.fingerprint)
+    log = target.root / "log" / f"annotate-{time.strftime('%Y%m%dT%H%M%S')}-{socket.gethostname()}-{os.getpid()}.jsonl"
+    damage: list[DamagedShard] = []
+    for event in engine.map(work, list(todo.values())) if todo else ():
+        if event.damage is not None:
+            damage.append(event.damage)
+        if event.finished is not None:
+            _append_line(log, {"shard": event.shard, **event.finished})
+            tally.add(todo[event.shard], event.finished["samples"], event.finished["rejects"])
+            tally.check(at_least=_EARLY_STOP_SAMPLES)
+        if on_progress is not None:
+            on_progress(event)
+    if damage:
+        raise _all_damage(damage, len(shards))
+    tally.check()
+    seconds = round(time.monotonic() - started, 3)
+    return AnnotateResult(tally.samples, tally.rejects, len(todo), len(shards) - len(todo), seconds, target.fingerprint)
+
+
+class _Tally:
+    """Samples and rejects so far, and the shard with the largest share of rejects."""
+
+    def __init__(self, limit: float) -> None:
+        self._limit = limit
+        self.samples = self.rejects = 0
+        self._worst: tuple[float, int, int, str] = (0.0, 0, 0, "")
+
+    def add(self, shard: Shard, samples: int, rejects: int) -> None:
+        self.samples += samples
+        self.rejects += rejects
+        self._worst = max(self._worst, (rejects / max(samples, 1), rejects, samples, shard.path))
+
+    def check(self, at_least: int = 1) -> None:
+        if self.samples >= at_least and self.rejects > self._limit * self.samples:
+            _, rejects, samples, path = self._worst
+            raise TooManyRejects(
+                f"{self.rejects} of {self.samples} samples were rejected, more than "
+                f"--max-reject-fraction {self._limit:g}\n"
+                f"the worst shard is {path}: {rejects} of {samples}; the reasons are in the store's rejects/\n"
+                "mend the shards, or raise the limit; finished shards are kept"
+            )
+
+
+def _all_damage(damage: list[DamagedShard], shards: int) -> DamagedShard:
+    damage.sort(key=str)
+    others = ", ".join(str(one).split(": this shard")[0] for one in damage[1:6])
+    more = f"\n{len(damage) - 1} more are damaged: {others}{' …' if len(damage) > 6 else ''}" if others else ""
+    return DamagedShard(f"{damage[0]}{more}\nthe other {shards - len(damage)} shards are annotated")
+
+
+def _check_same_size(shard: Shard, info: PartInfo) -> None:
+    path = storage.local_path(shard.path)
+    with storage.explain_os_errors(path, "reading"):
+        size = path.stat().st_size
+    if size != info.size:
+        raise StoreMismatch(
+            f"{shard.path}: {size} bytes, but {info.size} when it was annotated: the shard was edited "
+            "or is another one\n"
+            "put the old shard back, or delete its part to annotate it anew"
+        )
+
+
+def _append_line(path: Path, record: dict[str, Any]) -> None:
+    with storage.explain_os_errors(path, "writing"), open(path, "a") as file:
+        file.write(json.dumps(record) + "\n")

@@ -1,0 +1,145 @@
+"""Models and training states on disk: safetensors and JSON, nothing pickled.
+
+A model is `model.safetensors` and `model.json` (architecture spec, classes, preprocessing, hash). A training state is
+one safetensors file whose header carries the JSON; it replaces the last one atomically.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from pseudolabel import storage
+from pseudolabel.classifier import Classifier, make_classifier, weights_sha256
+from pseudolabel.errors import DamagedModel
+from pseudolabel.students import build_student
+from pseudolabel.views.image import Preprocessing
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What model.json says: how to build the model, what it takes and gives."""
+
+    student: str
+    classes: tuple[str, ...]
+    preprocessing: Preprocessing
+
+    def build(self) -> nn.Module:
+        """The untrained model. Raises `SpecError`."""
+        return build_student(self.student, num_classes=len(self.classes), channels=self.preprocessing.channels)
+
+
+def save_model(directory: Path, card: ModelCard, body: nn.Module) -> None:
+    """Write weights, then the card that names their hash. Raises `StorageError`."""
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in body.state_dict().items()}
+    storage.write_atomic(directory / "model.safetensors", save(state))
+    content = {
+        "format_version": FORMAT_VERSION,
+        "student": card.student,
+        "classes": list(card.classes),
+        "preprocessing": card.preprocessing.to_json(),
+        "parameters": sum(parameter.numel() for parameter in body.parameters()),
+        "weights_sha256": weights_sha256(body),
+    }
+    storage.write_atomic(directory / "model.json", json.dumps(content, indent=1) + "\n")
+
+
+def read_card(directory: Path) -> tuple[ModelCard, str]:
+    """The card and the hash its weights must have. Raises `DamagedModel`."""
+    path = directory / "model.json"
+    if not path.exists():
+        raise DamagedModel(
+            f"{directory}: no model here (no model.json); name a directory that `pseudolabel train` has finished"
+        )
+    try:
+        data = json.loads(path.read_text())
+        card = ModelCard(
+            str(data["student"]), tuple(map(str, data["classes"])), Preprocessing.from_json(data["preprocessing"])
+        )
+        if data["format_version"] != FORMAT_VERSION:
+            raise ValueError(f"format version {data['format_version']}, this version reads {FORMAT_VERSION}")
+        return card, str(data["weights_sha256"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DamagedModel(f"{path}: can't be read ({error}); train again or restore it from a copy") from error
+
+
+def load_weights(directory: Path, body: nn.Module, sha256: str | None = None) -> None:
+    """Load model.safetensors into `body`. Raises `DamagedModel` if it is torn, of another architecture, or not what
+    was saved.
+    """
+    path = directory / "model.safetensors"
+    try:
+        body.load_state_dict(load_file(path))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise DamagedModel(
+            f"{path}: these weights don't load: {str(error).splitlines()[0]}; train again or restore a copy"
+        ) from error
+    if sha256 is not None and weights_sha256(body) != sha256:
+        raise DamagedModel(
+            f"{path}: the weights aren't those that model.json was written for; restore both from one copy"
+        )
+
+
+def load_model(directory: Path, device: torch.device) -> Classifier:
+    """A finished run's model, ready for `device`. Raises `DamagedModel`, `SpecError`."""
+    directory = storage.local_path(directory)
+    card, sha256 = read_card(directory)
+    body = card.build()
+    load_weights(directory, body, sha256)
+    return make_classifier(body, card.preprocessing, architecture=card.student, device=device, classes=card.classes)
+
+
+def save_state(path: Path, facts: Mapping[str, Any], groups: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Write named groups of tensors and JSON facts as one file, atomically. Raises `StorageError`."""
+    tensors = {
+        f"{group}/{name}": tensor.detach().cpu().contiguous().clone()
+        for group, named in groups.items()
+        for name, tensor in named.items()
+    }
+    storage.write_atomic(path, save(tensors, metadata={"facts": json.dumps(dict(facts))}))
+
+
+def load_state(path: Path, groups: Sequence[str]) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+    """Inverse of `save_state`. Raises `DamagedModel`."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts = json.loads((file.metadata() or {})["facts"])
+            found: dict[str, dict[str, Tensor]] = {group: {} for group in groups}
+            for name in file.keys():  # noqa: SIM118 (not a mapping)
+                group, _, rest = name.partition("/")
+                found[group][rest] = file.get_tensor(name)
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise DamagedModel(
+            f"{path}: this checkpoint can't be read ({error}); delete it to start that training again"
+        ) from error
+    return facts, found
+
+
+def flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """An optimizer's state as named tensors. Learning rates are not in it: the schedule gives them."""
+    state = optimizer.state_dict()["state"]
+    return {
+        f"{index}/{name}": torch.as_tensor(value)
+        for index, values in state.items()
+        for name, value in values.items()
+        if value is not None
+    }
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Inverse of `flatten_optimizer`."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        index, _, field = name.partition("/")
+        state.setdefault(int(index), {})[field] = tensor
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

@@ -1,0 +1,83 @@
+"""A model that turns images into class logits, with the preprocessing and class names it needs.
+
+One value for teachers and students alike: `teachers/` make it from their sources, `checkpoint.py` from a run directory.
+It fits `interfaces.LoadedTeacher`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pseudolabel.errors import SpecError
+from pseudolabel.views.image import Normalize, Preprocessing
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A model in evaluation mode on its device, uint8 images in, float32 logits out."""
+
+    model: nn.Module
+    preprocessing: Preprocessing
+    classes: tuple[str, ...]
+    identity: Mapping[str, Any]
+    device: torch.device
+
+    def prepare(self, image_CHW: Tensor) -> tuple[Tensor, ...]:
+        return (self.preprocessing.prepare(image_CHW),)
+
+    def logits(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        pixels_BCHW = inputs[0].to(self.device, non_blocking=True)
+        logits_BC: Tensor = self.model(pixels_BCHW)
+        return logits_BC.float()
+
+
+def make_classifier(
+    body: nn.Module,
+    preprocessing: Preprocessing,
+    *,
+    architecture: str,
+    device: torch.device,
+    classes: Sequence[str] | None = None,
+) -> Classifier:
+    """Put `body` (normalised images → logits) to work on `device`.
+
+    Raises:
+        SpecError: it doesn't give logits of shape (B, C), or not one per class name.
+    """
+    model = nn.Sequential(Normalize(preprocessing), body).eval().requires_grad_(False)
+    digest = weights_sha256(body)
+    model = model.to(device).to(memory_format=torch.channels_last)
+    shape = (1, preprocessing.channels, preprocessing.crop, preprocessing.crop)
+    try:
+        with torch.no_grad():
+            probe = model(torch.zeros(shape, dtype=torch.uint8, device=device))
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise SpecError(
+            f"{architecture}: the model fails on an input of shape {shape}: {str(error).splitlines()[0]}"
+        ) from error
+    if not isinstance(probe, Tensor) or probe.ndim != 2 or probe.shape[0] != 1:
+        found = tuple(probe.shape) if isinstance(probe, Tensor) else type(probe).__name__
+        raise SpecError(
+            f"{architecture}: the model must give logits of shape (batch, classes), it gave {found} for a batch of 1"
+        )
+    names = tuple(classes) if classes is not None else tuple(str(index) for index in range(probe.shape[1]))
+    if len(names) != probe.shape[1]:
+        raise SpecError(f"{architecture}: {len(names)} class names for {probe.shape[1]} logits")
+    identity = {"architecture": architecture, "weights_sha256": digest, "preprocessing": preprocessing.to_json()}
+    return Classifier(model, preprocessing, names, identity, device)
+
+
+def weights_sha256(module: nn.Module) -> str:
+    """A hash of all parameters and buffers by name, type, shape and bytes: equal wherever the file lies."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        tensor = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
+    return digest.hexdigest()

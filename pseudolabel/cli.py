@@ -1,0 +1,424 @@
+"""The command line: each command parses, calls one function, prints. torch is imported only by commands that need it.
+
+Exit codes: 0 done; 1 a known error (one to five lines: what, where, remedy); 2 usage; 130 interrupted, resumable.
+With `--json` stdout carries one JSON object and nothing else; what people read goes to stderr.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pseudolabel.display import Display, print_pairs, print_rounds
+from pseudolabel.errors import PseudolabelError, RecipeError
+from pseudolabel.settings import AnnotateSettings, AugmentSettings, TrainSettings
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Annotate unlabeled shards once with a big teacher, then train small students offline from its soft labels.",
+    epilog="SHARDS is a directory, a glob, a brace range such as x-{000..099}.tar, or @list.txt.",
+)
+
+Shards = Annotated[list[str], typer.Argument(metavar="SHARDS...", help="directory, glob, brace range or @list.txt")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout, all else on stderr")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace what is there")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; all cores if not given")]
+LoaderWorkers = Annotated[int | None, typer.Option(min=0, help="loader processes; 0 on a CPU, up to 8 beside a GPU")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="A.B=C", help="override a value of the recipe; may be repeated")
+]
+
+
+def main() -> None:
+    """Entry point: usage errors become JSON, too, if `--json` is given."""
+    if "--json" not in sys.argv:
+        app()
+        return
+    try:
+        sys.exit(app(standalone_mode=False) or 0)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # a usage error of typer's, whichever click it brings
+            raise
+        print(json.dumps({"error": {"kind": "UsageError", "message": error.format_message()}}))
+        sys.exit(2)
+
+
+def _command(function: Callable[..., Mapping[str, Any] | None]) -> Callable[..., None]:
+    """Register a command. What it returns is printed by `--json`; known errors end with exit code 1, Ctrl-C with
+    130.
+    """
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        as_json = bool(kwargs.get("as_json"))
+        try:
+            result = function(*args, **kwargs)
+        except PseudolabelError as error:
+            if as_json:
+                print(json.dumps({"error": {"kind": error.kind, "message": str(error)}}))
+            else:
+                print(f"error: {error}", file=sys.stderr)
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            print("interrupted; the same command goes on from here", file=sys.stderr)
+            raise typer.Exit(130) from None
+        failed = bool(result and result.get("ok") is False)
+        if as_json and result is not None:
+            print(json.dumps(result))
+        if failed:
+            raise typer.Exit(1)
+
+    app.command(function.__name__.rstrip("_"))(wrapped)
+    return wrapped
+
+
+def _out(as_json: bool) -> Any:
+    return sys.stderr if as_json else sys.stdout
+
+
+def _settings_help(kind: type[AnnotateSettings | AugmentSettings | TrainSettings], name: str, *, note: str = "") -> str:
+    field = kind.model_fields[name]
+    default = "" if field.default is None or isinstance(field.default, bool) else f" [{field.default}]"
+    return f"{field.description}{note}{default}"
+
+
+def _train_option(name: str, kind: type[AugmentSettings | TrainSettings] = TrainSettings) -> Any:
+    return typer.Option(help=_settings_help(kind, name), show_default=False)
+
+
+@_command
+def pack(
+    source: Annotated[
+        Path, typer.Argument(help="image folder (one folder a class), .csv/.parquet of paths or bytes, or IDX file")
+    ],
+    out: Annotated[Path, typer.Argument(help="directory to make: labeled/, unlabeled/, val/, test/")],
+    labels_per_class: Annotated[
+        int | None, typer.Option(min=0, help="keep so many labels a class, the rest becomes unlabeled")
+    ] = None,
+    val_fraction: Annotated[float, typer.Option(help="share of each class for val/")] = 0.0,
+    test_fraction: Annotated[float, typer.Option(help="share of each class for test/")] = 0.0,
+    seed: Annotated[int, typer.Option(help="decides the split and the order")] = 0,
+    samples_per_shard: Annotated[int, typer.Option(min=1, help="samples in a shard")] = 1000,
+    name: Annotated[str, typer.Option(help="prefix of the shards' names, which must be unique in a corpus")] = "",
+    image_column: Annotated[str | None, typer.Option(help="column of image paths or bytes")] = None,
+    label_column: Annotated[str | None, typer.Option(help="column of labels: numbers or names")] = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> Mapping[str, Any]:
+    """Turn images into shards, split by a seed."""
+    from pseudolabel.pack import pack
+
+    result = pack(
+        source,
+        out,
+        labels_per_class=labels_per_class,
+        val_fraction=val_fraction,
+        test_fraction=test_fraction,
+        seed=seed,
+        samples_per_shard=samples_per_shard,
+        name=name,
+        image_column=image_column,
+        label_column=label_column,
+        overwrite=overwrite,
+    )
+    print_pairs({**result.samples, "shards": result.shards, "classes": len(result.classes)}, _out(as_json))
+    return dataclasses.asdict(result)
+
+
+@_command
+def annotate(
+    shards: Shards,
+    teacher: Annotated[list[str], typer.Option(help="teacher spec; several make an ensemble, weighted as in SPEC@0.7")],
+    out: Annotated[Path, typer.Option(help="the store: made, or gone on with")],
+    encoding: Annotated[str, typer.Option(help="dense, or topk:K")] = "dense",
+    batch_size: Annotated[int, typer.Option(min=1, help="samples per forward pass")] = 64,
+    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16 (autocast)")] = "fp32",
+    device: Device = "auto",
+    workers: Annotated[int | None, typer.Option(min=1, help="processes; one per GPU or CPU core if not given")] = None,
+    part_of: Annotated[
+        str | None, typer.Option("--slice", metavar="I/N", help="only every N-th shard, from the I-th (from 0)")
+    ] = None,
+    max_reject_fraction: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="more rejected samples than this are an error")
+    ] = 0.1,
+    as_json: Json = False,
+) -> Mapping[str, Any]:
+    """Run a teacher over shards and keep its soft labels. Run it again to go on where it stopped."""
+    from pseudolabel.annotate import annotate
+    from pseudolabel.engines.local import LocalEngine
+    from pseudolabel.recipe import validate
+    from pseudolabel.shards import list_shards, slice_shards
+    from pseudolabel.teachers import parse_teachers
+
+    settings = validate(
+        AnnotateSettings, {"encoding": encoding, "batch_size": batch_size, "precision": precision}, "annotate"
+    )
+    listed = slice_shards(list_shards(shards), part_of)
+    with Display() as display:
+        display.begin_annotating(listed)
+        result = annotate(
+            listed,
+            parse_teachers(teacher),
+            out,
+            engine=LocalEngine(device, workers),
+            settings=settings,
+            max_reject_fraction=max_reject_fraction,
+            on_progress=display.annotating,
+        )
+    print_pairs(dataclasses.asdict(result), _out(as_json))
+    return dataclasses.asdict(result)
+
+
+@_command
+def inspect(store: Annotated[Path, typer.Argument(help="a store")], as_json: Json = False) -> Mapping[str, Any]:
+    """Say what is in a store."""
+    from pseudolabel.labels.store import open_store
+    from pseudolabel.labels.summary import summarize_store
+
+    summary = dataclasses.asdict(summarize_store(open_store(store)))
+    shown = {name: value for name, value in summary.items() if name not in ("fidelity", "teacher", "classes")}
+    for name, by_temperature in summary["fidelity"].items():
+        shown[f"KL(full || stored), {name}"] = ", ".join(f"{value:.2g} at T={t}" for t, value in by_temperature.items())
+    shown["teacher"] = json.dumps(summary["teacher"])
+    print_pairs(shown, _out(as_json))
+    return summary
+
+
+@_command
+def verify(
+    store: Annotated[Path, typer.Argument(help="a store")],
+    shards: Annotated[list[str] | None, typer.Option(help="also compare with these shards: content and keys")] = None,
+    as_json: Json = False,
+) -> Mapping[str, Any]:
+    """Read every byte of a store again: hashes, counts, order. Exit code 1 if anything is wrong."""
+    from pseudolabel.labels.store import open_store
+    from pseudolabel.labels.verify import verify
+    from pseudolabel.shards import list_shards
+
+    result = verify(open_store(store), list_shards(shards) if shards else ())
+    for problem in result.problems:
+        print(f"{problem.kind}: {problem.detail}", file=sys.stderr)
+    print_pairs(
+        {"ok": result.ok, "parts": result.parts, "rows": result.rows, "problems": len(result.problems)}, _out(as_json)
+    )
+    return dataclasses.asdict(result)
+
+
+@_command
+def train(
+    out: Annotated[Path, typer.Option(help="run directory: made, or gone on with")],
+    labeled: Annotated[list[str] | None, typer.Option(help="labeled shards")] = None,
+    unlabeled: Annotated[list[str] | None, typer.Option(help="unlabeled shards, annotated in --labels")] = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="store of soft labels; without it, plain supervised training")
+    ] = None,
+    val: Annotated[list[str] | None, typer.Option(help="labeled shards that choose the best checkpoint")] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="TOML file whose train table gives the settings; flags override it")
+    ] = None,
+    student: Annotated[str | None, _train_option("student")] = None,
+    image_size: Annotated[int | None, _train_option("image_size")] = None,
+    channels: Annotated[int | None, _train_option("channels")] = None,
+    steps: Annotated[int | None, _train_option("steps")] = None,
+    epochs: Annotated[float | None, _train_option("epochs")] = None,
+    batch_size: Annotated[int | None, _train_option("batch_size")] = None,
+    labeled_fraction: Annotated[float | None, _train_option("labeled_fraction")] = None,
+    loss: Annotated[str | None, _train_option("loss")] = None,
+    alpha: Annotated[float | None, _train_option("alpha")] = None,
+    temperature: Annotated[float | None, _train_option("temperature")] = None,
+    optimizer: Annotated[str | None, _train_option("optimizer")] = None,
+    lr: Annotated[float | None, _train_option("lr")] = None,
+    weight_decay: Annotated[float | None, _train_option("weight_decay")] = None,
+    warmup_fraction: Annotated[float | None, _train_option("warmup_fraction")] = None,
+    clip_norm: Annotated[float | None, _train_option("clip_norm")] = None,
+    ema: Annotated[float | None, _train_option("ema")] = None,
+    precision: Annotated[str | None, _train_option("precision")] = None,
+    crop: Annotated[str | None, _train_option("crop", AugmentSettings)] = None,
+    flip: Annotated[
+        bool | None,
+        typer.Option("--flip/--no-flip", help="flip half of the images left to right [on]", show_default=False),
+    ] = None,
+    randaugment: Annotated[int | None, _train_option("randaugment", AugmentSettings)] = None,
+    erasing: Annotated[float | None, _train_option("erasing", AugmentSettings)] = None,
+    eval_every: Annotated[int | None, _train_option("eval_every")] = None,
+    seed: Annotated[int | None, _train_option("seed")] = None,
+    classes: Annotated[Path | None, typer.Option(help="file of class names, one a line")] = None,
+    num_classes: Annotated[
+        int | None, typer.Option(min=1, help="number of classes, where neither a store nor --classes says it")
+    ] = None,
+    device: Device = "auto",
+    workers: LoaderWorkers = None,
+    threads: Threads = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> Mapping[str, Any]:
+    """Train a student from cached soft labels and the labeled set. Run it again to go on where it stopped."""
+    given = {name: value for name, value in locals().items() if value is not None}
+    settings = _train_settings(recipe, given)
+    from pseudolabel.labels.store import open_store
+    from pseudolabel.rounds import read_classes
+    from pseudolabel.shards import list_shards
+    from pseudolabel.train import train
+
+    place = _place(device, workers, threads)
+    with Display() as display:
+        result = train(
+            settings,
+            out,
+            labeled=list_shards(labeled) if labeled else (),
+            unlabeled=list_shards(unlabeled) if unlabeled else (),
+            store=open_store(labels) if labels is not None else None,
+            val=list_shards(val) if val else (),
+            classes=read_classes(classes) if classes is not None else None,
+            num_classes=num_classes,
+            overwrite=overwrite,
+            on_progress=display.training,
+            **place,
+        )
+    print_pairs({name: value for name, value in dataclasses.asdict(result).items() if value is not None}, _out(as_json))
+    return dataclasses.asdict(result)
+
+
+def _train_settings(recipe: Path | None, given: Mapping[str, Any]) -> TrainSettings:
+    """A recipe's [train] table, then flags on top. Raises `RecipeError`."""
+    from pseudolabel.recipe import read_tables, validate
+
+    tables: dict[str, Any] = {}
+    if recipe is not None:
+        tables = read_tables(recipe).get("train", {})
+        if not tables:
+            raise RecipeError(f"{recipe}: has no [train] table")
+    augment = {
+        **tables.get("augment", {}),
+        **{name: given[name] for name in AugmentSettings.model_fields if name in given},
+    }
+    flags = {name: given[name] for name in TrainSettings.model_fields if name in given}
+    if "steps" in flags or "epochs" in flags:  # one flag of the pair replaces the recipe's other
+        tables = {name: value for name, value in tables.items() if name not in ("steps", "epochs")}
+    return validate(
+        TrainSettings, {**tables, **flags, "augment": augment}, str(recipe) if recipe is not None else "train"
+    )
+
+
+def _place(device: str, workers: int | None, threads: int | None) -> dict[str, Any]:
+    """Where to train: loader processes pay beside a GPU; on a CPU they would take the cores that train."""
+    from pseudolabel.engines.local import available_cores, resolve_device
+
+    resolved = resolve_device(device)
+    cores = available_cores()
+    return {
+        "device": resolved,
+        "workers": workers if workers is not None else (0 if resolved == "cpu" else max(1, min(8, cores - 1))),
+        "threads": threads if threads is not None else cores,
+    }
+
+
+@_command
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="run directory")],
+    shards: Shards,
+    store: Annotated[
+        Path | None,
+        typer.Option("--labels", help="store of soft labels of these shards: how often the model agrees with it"),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="samples per forward pass")] = 256,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> Mapping[str, Any]:
+    """Measure a model on labeled shards: accuracy, top-5, NLL, ECE, per class, confusion."""
+    from pseudolabel.engines.local import resolve_device
+    from pseudolabel.evaluate import evaluate
+    from pseudolabel.labels.store import open_store
+    from pseudolabel.shards import list_shards
+
+    opened = open_store(store) if store is not None else None
+    result = dataclasses.asdict(
+        evaluate(model, list_shards(shards), store=opened, device=resolve_device(device), batch_size=batch_size)
+    )
+    shown = {
+        name: result[name]
+        for name in ("samples", "accuracy", "top5", "nll", "ece", "agreement")
+        if result[name] is not None
+    }
+    per_class = {
+        f"  {name}": value
+        for name, value in zip(result["classes"], result["per_class"], strict=True)
+        if value is not None
+    }
+    print_pairs({**shown, "per class": "", **per_class}, _out(as_json))
+    return result
+
+
+@_command
+def run(
+    recipe: Annotated[Path, typer.Argument(help="TOML file")],
+    out: Annotated[Path, typer.Option(help="directory of the whole run: made, or gone on with")],
+    overrides: Overrides = None,
+    device: Device = "auto",
+    workers: LoaderWorkers = None,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> Mapping[str, Any]:
+    """Run a recipe: teacher, rounds of annotate and train, control, table. Finished stages are skipped."""
+    from pseudolabel.engines.local import LocalEngine
+    from pseudolabel.recipe import load_recipe
+    from pseudolabel.report import write_report
+    from pseudolabel.rounds import Place, run, table
+
+    loaded = load_recipe(recipe, overrides or ())
+    with Display() as display:
+        result = run(loaded, out, Place(LocalEngine(device), **_place(device, workers, threads)), display)
+    rows = table(result)
+    print_rounds(rows, _out(as_json))
+    print(f"page: {write_report(out)}", file=_out(as_json))
+    return {**dataclasses.asdict(result), "table": rows}
+
+
+@_command
+def report(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="what `run` left, or a single run directory")],
+    as_json: Json = False,
+) -> Mapping[str, Any]:
+    """Write a self-contained HTML page: table, training curves, images with their soft labels."""
+    from pseudolabel.report import write_report
+
+    page = write_report(directory)
+    print(f"page: {page}", file=_out(as_json))
+    return {"page": str(page)}
+
+
+@_command
+def demo(
+    out: Annotated[Path, typer.Option(help="directory for shards, run and page")] = Path("demo"),
+    recipe: Annotated[
+        str, typer.Option(help="fashion_mnist, or from_labels_alone: without a pretrained teacher")
+    ] = "fashion_mnist",
+    overrides: Overrides = None,
+    device: Device = "auto",
+    workers: LoaderWorkers = None,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> Mapping[str, Any]:
+    """Run the whole loop on the bundled Fashion-MNIST: about three minutes on two cores."""
+    from pseudolabel.demo import demo
+    from pseudolabel.engines.local import LocalEngine
+    from pseudolabel.report import write_report
+    from pseudolabel.rounds import Place, table
+
+    with Display() as display:
+        place = Place(LocalEngine(device), **_place(device, workers, threads))
+        result = demo(out, place, display, recipe=recipe, overrides=tuple(overrides or ()))
+    rows = table(result)
+    print_rounds(rows, _out(as_json))
+    print(f"page: {write_report(out / 'run')}", file=_out(as_json))
+    return {**dataclasses.asdict(result), "table": rows}

@@ -1,0 +1,335 @@
+"""Training batches: labeled rows, and unlabeled rows joined to their cached soft labels.
+
+Joining is checked, not hoped for: a shard must hash to what was annotated, and its keys must equal the part's row by
+row. A batch is a pure function of its step, so any process can make any batch, and a resumed run sees what an
+undisturbed one would have seen.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms import v2
+
+from pseudolabel.errors import LabelError, StoreMismatch
+from pseudolabel.labels.encodings import StoredTargets, parse_encoding
+from pseudolabel.labels.schema import PartInfo
+from pseudolabel.labels.store import Store
+from pseudolabel.losses import NO_LABEL
+from pseudolabel.order import WINDOW_SHARDS, RowOrder
+from pseudolabel.settings import AugmentSettings
+from pseudolabel.shards import Shard, ShardFile
+from pseudolabel.views.image import Preprocessing, UndecodableImage, decode, image_field, to_channels
+
+_OPEN_SHARDS = 2 * WINDOW_SHARDS
+
+
+@dataclass(frozen=True)
+class TrainingShard:
+    """A shard as training uses it: which samples, and its content's hash. `part` is set if soft labels are joined."""
+
+    shard: Shard
+    sha256: str
+    rows: int
+    part: PartInfo | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """uint8 pixels (B, channels, H, W), labels (B,) or `NO_LABEL`; soft labels and weights of the last rows."""
+
+    pixels_BCHW: Tensor
+    labels_B: Tensor
+    targets: StoredTargets | None
+    soft_weight_B: Tensor | None
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(
+            self.pixels_BCHW.to(device, non_blocking=True),
+            self.labels_B.to(device, non_blocking=True),
+            self.targets.to(device) if self.targets is not None else None,
+            self.soft_weight_B.to(device, non_blocking=True) if self.soft_weight_B is not None else None,
+        )
+
+
+def read_label(opened: ShardFile, index: int, num_classes: int | None = None) -> int:
+    """A labeled sample's class. Raises `LabelError` if it has none, or one that is no class number or out of range."""
+    where = f"{opened.shard.path}: sample {opened.keys[index]!r}"
+    if "cls" not in opened.field_names(index):
+        raise LabelError(
+            f"{where} has no label (no `cls` file); pack the labeled set with labels, or pass it as --unlabeled"
+        )
+    text = opened.read(index, "cls").decode(errors="replace").strip()
+    if not (text.isascii() and text.isdecimal()) or int(text) >= 1 << 31:
+        raise LabelError(f"{where}: its label is {text[:40]!r}; a class number from 0 is wanted")
+    if num_classes is not None and int(text) >= num_classes:
+        raise LabelError(
+            f"{where}: its label is {text}, but there are {num_classes} classes (0 to "
+            f"{num_classes - 1}); mend the label or --num-classes"
+        )
+    return int(text)
+
+
+def check_labeled(shards: Sequence[Shard], num_classes: int | None) -> tuple[list[TrainingShard], int]:
+    """Read every label of a labeled set. Returns the shards and 1 + the largest label. Raises `LabelError`,
+    `DamagedShard`.
+    """
+
+    def check(shard: Shard) -> tuple[TrainingShard, int]:
+        with ShardFile(shard) as opened:
+            largest = max(read_label(opened, index, num_classes) for index in range(len(opened)))
+            return TrainingShard(shard, opened.sha256(), len(opened)), largest
+
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(check, shards))
+    return [one for one, _ in found], 1 + max(largest for _, largest in found)
+
+
+def check_annotated(shards: Sequence[Shard], store: Store) -> list[TrainingShard]:
+    """Compare every shard with what was annotated, content and all.
+
+    Raises:
+        StoreMismatch: a shard has no part, or another content than when it was annotated.
+    """
+
+    def check(shard: Shard) -> TrainingShard:
+        if not store.part_path(shard.name).exists():
+            raise StoreMismatch(
+                f"{shard.path}: not annotated in {store.root}; run `pseudolabel annotate` on these "
+                "shards into this store first"
+            )
+        info = store.info(shard.name)
+        with ShardFile(shard) as opened:
+            sha256 = opened.sha256()
+            if sha256 != info.sha256 or len(opened) != info.samples:
+                raise StoreMismatch(
+                    f"{shard.path}: its content is not what was annotated (sha256 {sha256[:12]}, "
+                    f"{len(opened)} samples; "
+                    f"annotated {info.sha256[:12]}, {info.samples})\nput the old shard back, or "
+                    f"delete {store.part_path(shard.name)} and annotate again"
+                )
+        return TrainingShard(shard, sha256, info.samples - info.rejects, info)
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(check, shards))
+
+
+def join(opened: ShardFile, part: pa.Table, rejects: pa.Table) -> list[int]:
+    """The positions in the shard of a part's rows; keys are compared one by one, the rejects' too.
+
+    Raises:
+        StoreMismatch: a key differs, a sample is in neither or in both.
+    """
+    positions: list[int] = part["index"].to_pylist()
+    rejected: list[int] = rejects["index"].to_pylist()
+    pairs = list(zip(positions + rejected, part["key"].to_pylist() + rejects["key"].to_pylist(), strict=True))
+    if sorted(index for index, _ in pairs) != list(range(len(opened))):
+        raise StoreMismatch(
+            f"{opened.shard.path}: the store has {len(pairs)} rows and rejects for {len(opened)} "
+            "samples; annotate this shard again"
+        )
+    for index, key in pairs:
+        if opened.keys[index] != key:
+            raise StoreMismatch(
+                f"{opened.shard.path}: sample {index} is {opened.keys[index]!r}, the store's label is of {key!r}\n"
+                "these labels are of another shard: use the store that was made from these shards"
+            )
+    return positions
+
+
+class _OpenShard:
+    """A shard open for training: where its rows lie, their labels and soft labels."""
+
+    def __init__(self, source: TrainingShard, store: Store | None, *, labeled: bool, num_classes: int) -> None:
+        self.file = ShardFile(source.shard)
+        self.positions: Sequence[int] = range(len(self.file))
+        self.columns: dict[str, Tensor] = {}
+        if source.part is not None:
+            assert store is not None
+            encoding = parse_encoding(source.part.encoding)
+            names = ["key", "index", "pred", *(field.name for field in encoding.fields(num_classes))]
+            part = store.read(source.shard.name, names)
+            self.positions = join(self.file, part, store.read_rejects(source.shard.name))
+            self.columns = {name: _to_torch(part[name]) for name in names[2:]}
+        labels = [read_label(self.file, index, num_classes) if labeled else NO_LABEL for index in self.positions]
+        self.labels = torch.tensor(labels, dtype=torch.int64)
+
+    def image(self, row: int, prepare: Callable[[Tensor], Tensor]) -> Tensor:
+        position = self.positions[row]
+        try:
+            return prepare(decode(self.file.read(position, image_field(self.file.field_names(position)))))
+        except UndecodableImage as error:
+            raise LabelError(
+                f"{self.file.shard.path}: training sample {self.file.keys[position]!r} can't be "
+                f"decoded: {error}; remove or replace it"
+            ) from error
+
+
+def _to_torch(column: pa.ChunkedArray) -> Tensor:
+    """A column as a tensor (N,) or (N, K)."""
+    array = column.combine_chunks()
+    if pa.types.is_fixed_size_list(array.type):
+        width = array.type.list_size
+        values = array.flatten().to_numpy(zero_copy_only=False)
+        values = values.astype(np.int32) if values.dtype == np.uint16 else values
+        return torch.from_numpy(values.astype(np.int64) if values.dtype == np.uint32 else values.copy()).view(-1, width)
+    return torch.from_numpy(array.to_numpy(zero_copy_only=False).copy())
+
+
+class _Rows:
+    """Rows of many shards, opened as they are needed, the least recently used closed."""
+
+    def __init__(
+        self, sources: Sequence[TrainingShard], store: Store | None, *, labeled: bool, num_classes: int, seed: int
+    ) -> None:
+        self._sources, self._store, self._labeled, self._num_classes = sources, store, labeled, num_classes
+        self._order = RowOrder([source.rows for source in sources], seed)
+        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+
+    def take(
+        self, start: int, count: int, prepare: Callable[[Tensor], Tensor]
+    ) -> tuple[list[Tensor], Tensor, dict[str, Tensor]]:
+        """Prepared images, labels (count,) and the stored columns, each (count, …), of `count` rows of the order."""
+        pairs = torch.from_numpy(self._order.rows(start, count))
+        images = [self._get(shard).image(row, prepare) for shard, row in pairs.tolist()]
+        labels = torch.empty(count, dtype=torch.int64)
+        columns: dict[str, Tensor] = {}
+        for shard in sorted(set(pairs[:, 0].tolist())):
+            opened, here = self._get(shard), pairs[:, 0] == shard
+            rows = pairs[here, 1]
+            labels[here] = opened.labels[rows]
+            for name, values in opened.columns.items():
+                if name not in columns:
+                    columns[name] = torch.empty((count, *values.shape[1:]), dtype=values.dtype)
+                columns[name][here] = values[rows]
+        return images, labels, columns
+
+    def _get(self, shard: int) -> _OpenShard:
+        opened = self._open.pop(shard, None) or _OpenShard(
+            self._sources[shard], self._store, labeled=self._labeled, num_classes=self._num_classes
+        )
+        self._open[shard] = opened
+        while len(self._open) > _OPEN_SHARDS:
+            self._open.popitem(last=False)[1].file.close()
+        return opened
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Where batches come from. `store` holds the soft labels of `unlabeled`, and those of `labeled` if these were
+    annotated too.
+    """
+
+    labeled: Sequence[TrainingShard]
+    unlabeled: Sequence[TrainingShard]
+    store: Store | None
+    num_classes: int
+
+
+class TrainingBatches(Dataset[Batch]):
+    """Batch number `step` of a training run: a fixed number of labeled rows, then pseudo-labeled ones.
+
+    Pickles before its first use, so loader processes open their own shards.
+    """
+
+    def __init__(
+        self,
+        data: TrainingData,
+        preprocessing: Preprocessing,
+        augment: AugmentSettings,
+        *,
+        batch_size: int,
+        labeled_fraction: float,
+        seed: int,
+        steps: int,
+    ) -> None:
+        self._data, self._preprocessing, self._seed, self._steps = data, preprocessing, seed, steps
+        self._augment, self._resized = make_augment(augment, preprocessing), augment.crop == "resized"
+        self.num_labeled, self.num_pseudo = split_batch(
+            batch_size, labeled_fraction, has_labeled=bool(data.labeled), has_pseudo=bool(data.unlabeled)
+        )
+        self._streams: list[tuple[_Rows | None, int]] | None = None
+
+    def __len__(self) -> int:
+        return self._steps
+
+    def __getitem__(self, step: int) -> Batch:
+        taken = [
+            stream.take(step * count, count, self._prepare) for stream, count in self._open() if stream is not None
+        ]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(_mix(self._seed, step))
+            pixels_BCHW = torch.stack([self._augment(image) for images, _, _ in taken for image in images])
+        labels_B = torch.cat([labels for _, labels, _ in taken])
+        soft = [columns for _, _, columns in taken if columns]
+        if not soft:
+            return Batch(pixels_BCHW, labels_B, None, None)
+        assert self._data.store is not None
+        encoding = parse_encoding(self._data.store.identity.encoding)
+        targets = StoredTargets(encoding, {name: torch.cat([columns[name] for columns in soft]) for name in soft[0]})
+        return Batch(pixels_BCHW, labels_B, targets, torch.ones(len(targets)))
+
+    def _open(self) -> list[tuple[_Rows | None, int]]:
+        if self._streams is None:
+            data = self._data
+            options: dict[str, Any] = {"store": data.store, "num_classes": data.num_classes}
+            self._streams = [
+                (
+                    _Rows(data.labeled, labeled=True, seed=_mix(self._seed, 1), **options)
+                    if self.num_labeled
+                    else None,
+                    self.num_labeled,
+                ),
+                (
+                    _Rows(data.unlabeled, labeled=False, seed=_mix(self._seed, 2), **options)
+                    if self.num_pseudo
+                    else None,
+                    self.num_pseudo,
+                ),
+            ]
+        return self._streams
+
+    def _prepare(self, image_CHW: Tensor) -> Tensor:
+        if self._resized:
+            return to_channels(image_CHW, self._preprocessing.channels)
+        return self._preprocessing.prepare(image_CHW)
+
+
+def split_batch(batch_size: int, labeled_fraction: float, *, has_labeled: bool, has_pseudo: bool) -> tuple[int, int]:
+    """How many labeled and pseudo-labeled rows a batch has; at least one of each kind that is used at all."""
+    if not has_pseudo:
+        return batch_size, 0
+    if not has_labeled or labeled_fraction == 0:
+        return 0, batch_size
+    labeled = min(max(round(batch_size * labeled_fraction), 1), batch_size - 1)
+    return (labeled, batch_size - labeled) if batch_size > 1 else (0, 1)
+
+
+def make_augment(settings: AugmentSettings, preprocessing: Preprocessing) -> v2.Transform:
+    """The training view of an image that is prepared already (`crop="resized"`: decoded only), uint8 in and out."""
+    size = preprocessing.crop
+    steps: list[torch.nn.Module] = []
+    if settings.crop == "pad":
+        steps.append(v2.RandomCrop(size, padding=max(size // 8, 1)))
+    elif settings.crop == "resized":
+        steps.append(v2.RandomResizedCrop(size, scale=(0.25, 1.0), antialias=True))
+    if settings.flip:
+        steps.append(v2.RandomHorizontalFlip())
+    if settings.randaugment:
+        steps.append(v2.RandAugment(magnitude=settings.randaugment))
+    if settings.erasing:
+        steps.append(v2.RandomErasing(settings.erasing, scale=(0.02, 0.2)))
+    return v2.Compose(steps or [torch.nn.Identity()])
+
+
+def _mix(seed: int, number: int) -> int:
+    return int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0] >> 1)

@@ -1,0 +1,154 @@
+"""Reading and decoding shards into batches, ahead of whoever needs them.
+
+Batches never span shards, so what is made of a shard depends on nothing but the shard.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import dataclass, field
+from queue import Full, Queue
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from pseudolabel.errors import DamagedShard
+from pseudolabel.shards import Shard, ShardFile
+from pseudolabel.views.image import decode, image_field
+
+Entry = TypeVar("Entry")
+Prepare = Callable[[Tensor], tuple[Tensor, ...]]
+Mapper = Callable[..., Iterable[Any]]
+_AHEAD = 3  # batches decoded in advance
+
+
+@dataclass(frozen=True)
+class Reject:
+    """A sample that got no label, and why."""
+
+    index: int
+    key: str
+    stage: str
+    error: str
+    detail: str
+
+
+@dataclass
+class DecodedBatch:
+    """Decoded samples of one shard (uint8 inputs, stacked), and those that could not be decoded."""
+
+    keys: list[str] = field(default_factory=list)
+    index: list[int] = field(default_factory=list)
+    labels: list[int | None] = field(default_factory=list)
+    inputs: tuple[Tensor, ...] = ()
+    rejects: list[Reject] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class ShardEnd:
+    """All batches of a shard have been seen; what the shard as a file is."""
+
+    size: int
+    sha256: str
+    samples: int
+
+
+def decode_shard(
+    shard: Shard, prepare: Prepare, batch_size: int, mapper: Mapper = map
+) -> Iterator[DecodedBatch | ShardEnd]:
+    """Yield a shard's batches, then its `ShardEnd`. `mapper` may spread decoding over threads. Raises
+    `DamagedShard`.
+    """
+    with ShardFile(shard) as opened:
+        sha256 = opened.sha256()
+        for start in range(0, len(opened), batch_size):
+            batch, prepared = DecodedBatch(), []
+            positions = range(start, min(start + batch_size, len(opened)))
+            for index, outcome in zip(
+                positions, mapper(lambda i: _decode_one(opened, i, prepare), positions), strict=True
+            ):
+                if isinstance(outcome, Reject):
+                    batch.rejects.append(outcome)
+                    continue
+                label, inputs = outcome
+                batch.keys.append(opened.keys[index])
+                batch.index.append(index)
+                batch.labels.append(label)
+                prepared.append(inputs)
+            batch.inputs = tuple(torch.stack(column) for column in zip(*prepared, strict=True))
+            yield batch
+        yield ShardEnd(opened.size, sha256, len(opened))
+
+
+def decode_shards(
+    shards: Iterator[Shard], prepare: Prepare, batch_size: int, mapper: Mapper = map
+) -> Iterator[tuple[Shard, DecodedBatch | ShardEnd | DamagedShard]]:
+    """One shard after another; a damaged one gives its error in place of a `ShardEnd`."""
+    for shard in shards:
+        try:
+            for batch in decode_shard(shard, prepare, batch_size, mapper):
+                yield shard, batch
+        except DamagedShard as error:
+            yield shard, error
+
+
+def _decode_one(opened: ShardFile, index: int, prepare: Prepare) -> Reject | tuple[int | None, tuple[Tensor, ...]]:
+    stage = "label"
+    try:
+        label = label_of(opened, index)
+        stage = "decode"
+        data = opened.read(index, image_field(opened.field_names(index)))
+        return label, prepare(decode(data))
+    except ValueError as error:
+        return Reject(index, opened.keys[index], stage, type(error).__name__, str(error))
+
+
+def label_of(opened: ShardFile, index: int) -> int | None:
+    """A sample's own `cls`, if it has one. Raises `ValueError` if it is no class number."""
+    if "cls" not in opened.field_names(index):
+        return None
+    data = opened.read(index, "cls")
+    text = data.decode(errors="replace").strip()
+    if not (text.isascii() and text.isdecimal()) or int(text) >= 1 << 31:
+        raise ValueError(f"cls is {text[:40]!r}, not a class number")
+    return int(text)
+
+
+def ahead(source: Iterator[Entry]) -> Generator[Entry, None, None]:
+    """Draw from `source` in a thread, a few entries ahead. What it raises is raised here."""
+    queue: Queue[tuple[str, Any]] = Queue(_AHEAD)
+    stop = threading.Event()
+
+    def put(message: tuple[str, Any]) -> bool:
+        while not stop.is_set():
+            try:
+                queue.put(message, timeout=0.1)
+                return True
+            except Full:
+                continue
+        return False
+
+    def draw() -> None:
+        try:
+            for entry in source:
+                if not put(("entry", entry)):
+                    return
+            put(("end", None))
+        except BaseException as error:  # handed to the consumer, which raises it
+            put(("error", error))
+
+    thread = threading.Thread(target=draw, daemon=True)
+    thread.start()
+    try:
+        while True:
+            kind, value = queue.get()
+            if kind == "end":
+                return
+            if kind == "error":
+                raise value
+            yield value
+    finally:
+        stop.set()
+        thread.join(5)

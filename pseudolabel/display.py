@@ -1,0 +1,134 @@
+"""What people see: progress on stderr, results as small tables. Nothing here decides anything."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from pseudolabel.labeling import Progress as AnnotateProgress
+    from pseudolabel.shards import Shard
+    from pseudolabel.train import TrainProgress
+
+_QUIET_SECONDS = 10.0  # without a terminal, a line this often
+
+
+class Display:
+    """Progress of one command. On a terminal a live bar with rate and time left, elsewhere a line now and then."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._live: Progress | None = None
+        self._task: TaskID | None = None
+        self._started = self._said = time.monotonic()
+        self._samples = self._bytes = self._total_bytes = self._shards = 0
+
+    def __enter__(self) -> Display:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def stage(self, title: str, shards: list[Shard] | None = None) -> None:
+        """Begin something new; shards are given where an annotation follows."""
+        self._close()
+        self.console.print(f"[bold]{title}[/bold]", markup=True) if self.console.is_terminal else print(
+            title, file=sys.stderr, flush=True
+        )
+        if shards is not None:
+            self.begin_annotating(shards)
+
+    def begin_annotating(self, shards: Sequence[Shard]) -> None:
+        self._samples = self._bytes = self._shards = 0
+        self._total_bytes = sum(os.path.getsize(shard.path) for shard in shards if os.path.exists(shard.path))
+        self._open(len(shards), "shards")
+
+    def annotating(self, progress: AnnotateProgress) -> None:
+        """Told of every batch and shard."""
+        self._samples += progress.samples
+        seconds = max(time.monotonic() - self._started, 1e-9)
+        rate = f"{self._samples / seconds:,.0f} samples/s"
+        if progress.finished is not None or progress.damage is not None:
+            self._shards += 1
+            self._advance(1, rate)
+        else:
+            self._advance(0, rate)
+
+    def training(self, progress: TrainProgress) -> None:
+        """Told every few steps."""
+        if self._task is None and self._live is None:
+            self._open(progress.steps, "steps")
+        val = f", val accuracy {progress.val_accuracy:.4f}" if progress.val_accuracy is not None else ""
+        text = f"loss {progress.loss:.4f}{val}, {progress.samples_per_second:,.0f} samples/s"
+        self._advance(progress.step, text, absolute=True, total=progress.steps, say=bool(val))
+        if progress.step == progress.steps:
+            self._close()
+
+    def _open(self, total: int, unit: str) -> None:
+        self._started = self._said = time.monotonic()
+        if self.console.is_terminal:
+            columns = (
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn(unit),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                TextColumn("{task.description}"),
+            )
+            self._live = Progress(*columns, console=self.console, transient=True)
+            self._live.start()
+            self._task = self._live.add_task("", total=total)
+
+    def _advance(self, amount: int, text: str, *, absolute: bool = False, total: int = 0, say: bool = False) -> None:
+        if self._live is not None and self._task is not None:
+            if absolute:
+                self._live.update(self._task, description=text, completed=amount)
+            else:
+                self._live.update(self._task, description=text, advance=amount)
+        elif time.monotonic() - self._said > _QUIET_SECONDS:
+            self._said = time.monotonic()
+            where = f"step {amount}/{total}" if absolute else f"{self._shards} shards done"
+            print(f"  {where}: {text}", file=sys.stderr, flush=True)
+
+    def _close(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+        self._live = self._task = None
+
+
+def print_pairs(values: Mapping[str, Any], file: Any) -> None:
+    """Name and value, a line each."""
+    width = max(len(name) for name in values)
+    for name, value in values.items():
+        shown = f"{value:.4f}" if isinstance(value, float) else value
+        print(f"{name.replace('_', ' '):<{width}}  {shown}", file=file)
+
+
+def print_rounds(rows: Sequence[Mapping[str, Any]], file: Any) -> None:
+    """The final table of a run."""
+    table = Table(box=None, pad_edge=False)
+    for title in ("", "student", "parameters", "val", "test", "gain over labels alone"):
+        table.add_column(title, justify="left" if title in ("", "student") else "right")
+    for row in rows:
+        gain = "" if row["gain"] is None else f"{100 * row['gain']:+.2f} points"
+        accuracies = (
+            "" if row[name] is None else f"{100 * row[name]:.2f} %" for name in ("val_accuracy", "test_accuracy")
+        )
+        table.add_row(row["name"], row["student"], f"{row['parameters']:,}", *accuracies, gain)
+    Console(file=file, highlight=False, width=max(Console().width, 110)).print(table)

@@ -1,0 +1,180 @@
+"""This machine: one process per device; on CPUs one single-threaded process per core.
+
+Two one-thread processes beat one process with two threads by 1.3 to 2.2 times on a CPU, and one thread makes the
+results independent of how many workers there are. Items are handed out one at a time as workers ask for them. A
+worker whose parent dies ends at once.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.reduction
+import os
+import signal
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any, TypeVar
+
+import torch
+
+from pseudolabel.errors import PseudolabelError, SpecError, WorkerDied
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+_Work = Callable[[Iterator[Any], str], Iterator[Any]]
+
+
+@dataclass(frozen=True)
+class LocalEngine:
+    """`device`: auto, cpu, cuda, cuda:1, mps. `workers`: processes, or None for one per GPU or CPU core."""
+
+    device: str = "auto"
+    workers: int | None = None
+
+    def map(self, work: Callable[[Iterator[Item], str], Iterator[Result]], items: Sequence[Item]) -> Iterator[Result]:
+        """Raises `WorkerDied` if a process is killed, and whatever `work` raises."""
+        devices = self.devices()
+        count = min(self.workers or (len(devices) if devices[0] != "cpu" else available_cores()), len(items))
+        if count > 1:
+            return _in_processes(work, items, [devices[index % len(devices)] for index in range(count)])
+        return _in_this_process(work, items, devices[0])
+
+    def devices(self) -> list[str]:
+        """The devices to use. Raises `SpecError` if the one asked for isn't there."""
+        name = resolve_device(self.device)
+        if name == "cuda":
+            return [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+        return [name]
+
+
+def resolve_device(name: str) -> str:
+    """`auto` becomes cuda, mps or cpu; others are checked. Raises `SpecError` if the device isn't there."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type == "cpu":
+            return "cpu"
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise SpecError(
+            f"--device {name}: not usable here: {str(error).splitlines()[0]}; write auto, cpu, cuda or cuda:1"
+        ) from error
+    return name
+
+
+def available_cores() -> int:
+    """The cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _in_this_process(work: _Work, items: Sequence[Any], device: str) -> Iterator[Any]:
+    threads = torch.get_num_threads()
+    if device == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield from work(iter(items), device)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _in_processes(work: _Work, items: Sequence[Any], devices: list[str]) -> Iterator[Any]:
+    context = multiprocessing.get_context("spawn")
+    processes: list[BaseProcess] = []
+    requests: list[Connection] = []
+    results: dict[Connection, int] = {}
+    try:
+        for device in devices:
+            request, their_request = context.Pipe()
+            result, their_result = context.Pipe(duplex=False)
+            process: BaseProcess = context.Process(
+                target=_worker, args=(work, device, their_request, their_result), daemon=True
+            )
+            process.start()
+            their_request.close()
+            their_result.close()
+            processes.append(process)
+            requests.append(request)
+            results[result] = len(requests) - 1
+        yield from _serve(iter(items), processes, requests, results)
+    finally:
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.join()
+
+
+def _serve(
+    items: Iterator[Any],
+    processes: list[BaseProcess],
+    requests: list[Connection],
+    results: dict[Connection, int],
+) -> Iterator[Any]:
+    asking: dict[Connection, int] = {request: index for index, request in enumerate(requests)}
+    while results:
+        for ready in wait([*asking, *results]):
+            assert isinstance(ready, Connection)
+            try:
+                message = ready.recv()
+            except EOFError:
+                asking.pop(ready, None)
+                if (index := results.pop(ready, None)) is not None:  # the pipe closed without the word that all is done
+                    processes[index].join(10)
+                    raise WorkerDied(
+                        f"worker {index} ended with exit code {processes[index].exitcode} (killed, or out of memory?)\n"
+                        "run the same command again: finished shards are kept; fewer --workers or a "
+                        "smaller --batch-size need less memory"
+                    ) from None
+                continue
+            if ready in asking:
+                item = next(items, None)
+                ready.send(None if item is None else (item,))
+                continue
+            kind, value = message
+            if kind == "done":
+                del results[ready]
+            elif kind == "error":
+                raise value
+            else:
+                yield value
+
+
+def _worker(work: _Work, device: str, request: Connection, result: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted and ends us
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    if device == "cpu":
+        torch.set_num_threads(1)
+    else:
+        torch.set_num_threads(max(1, available_cores() // 2))
+
+    def ask() -> Iterator[Any]:
+        while True:
+            request.send(None)
+            answer = request.recv()
+            if answer is None:
+                return
+            yield answer[0]
+
+    try:
+        for value in work(ask(), device):
+            result.send(("result", value))
+        result.send(("done", None))
+    except BaseException as error:  # whatever ends a worker is raised again in the parent
+        if not isinstance(error, PseudolabelError):
+            error.add_note("in a worker:\n" + traceback.format_exc())
+        try:
+            multiprocessing.reduction.ForkingPickler.dumps(error)
+        except Exception:
+            error = RuntimeError(f"in a worker:\n{traceback.format_exc()}")
+        result.send(("error", error))
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

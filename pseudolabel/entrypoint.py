@@ -1,0 +1,33 @@
+"""`python:package.module:function?arg=value`: calling a user's own function for a model, teacher or student."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import Any
+
+from torch import nn
+
+from pseudolabel.errors import SpecError
+from pseudolabel.specs import Spec
+
+
+def call_entry_point(spec: Spec, **more: Any) -> nn.Module:
+    """Import `module:function` and call it. Raises `SpecError` if it isn't there or returns no `nn.Module`."""
+    module_name, colon, function_name = spec.name.partition(":")
+    if not colon:
+        raise SpecError(f"{spec}: write python:package.module:function")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError) as error:
+        raise SpecError(f"{spec}: can't import it: {error}; run where the module lies, or install it") from error
+    try:
+        body = function(**dict(spec.args), **more)
+    except TypeError as error:
+        raise SpecError(f"{spec}: {error}") from error
+    if not isinstance(body, nn.Module):
+        raise SpecError(f"{spec}: must return an nn.Module, it returned {type(body).__name__}")
+    return body

@@ -1,0 +1,79 @@
+"""What a user can get wrong, one class per kind.
+
+Every message says what is wrong, where, and what to do about it. The command line prints the message and exits 1;
+with `--json` it prints `{"error": {"kind": CLASS NAME, "message": …}}`.
+"""
+
+from __future__ import annotations
+
+
+class PseudolabelError(Exception):
+    """A known error: its message is meant for the user and needs no traceback."""
+
+    @property
+    def kind(self) -> str:
+        return type(self).__name__
+
+
+class ShardListError(PseudolabelError):
+    """The SHARDS argument names nothing, or two shards of one name."""
+
+
+class DamagedShard(PseudolabelError):
+    """A shard is not a whole, well-formed tar of samples."""
+
+
+class SourceError(PseudolabelError):
+    """What `pack` was given can't be packed."""
+
+
+class SpecError(PseudolabelError):
+    """A teacher, student or encoding spec can't be understood or loaded."""
+
+
+class MissingExtra(PseudolabelError):
+    """An optional package is needed and not installed."""
+
+
+class StoreError(PseudolabelError):
+    """A store is absent, unreadable, or of a format this version doesn't know."""
+
+
+class StoreMismatch(PseudolabelError):
+    """A store, a part or a shard doesn't belong to the other."""
+
+
+class DamagedPart(PseudolabelError):
+    """A Parquet file of a store is torn or corrupted."""
+
+
+class DamagedModel(PseudolabelError):
+    """A model or checkpoint directory is incomplete or corrupted."""
+
+
+class TooManyRejects(PseudolabelError):
+    """More samples were rejected than the run allows."""
+
+
+class LabelError(PseudolabelError):
+    """A label is missing, not a number, or out of range."""
+
+
+class RecipeError(PseudolabelError):
+    """A recipe has an unknown key, a wrong value, or contradicts itself."""
+
+
+class OutputExists(PseudolabelError):
+    """The output is already there and would be overwritten."""
+
+
+class StorageError(PseudolabelError):
+    """Writing or reading failed: full disk, no permission, no such place."""
+
+
+class WorkerDied(PseudolabelError):
+    """A worker process ended without finishing its work."""
+
+
+class Diverged(PseudolabelError):
+    """Training produced a loss that is not finite."""

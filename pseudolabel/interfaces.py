@@ -1,0 +1,121 @@
+"""READ FIRST: the sockets, as Protocols. Whatever fits one plugs in; nothing inherits.
+
+    Teacher   a description of a teacher: small, frozen, picklable; `load(device)` opens weights in the worker
+    Encoding  how a row of logits is kept in Parquet, and read back as a target for a student
+    Loss      how far a student's logits are from soft targets, row by row
+    Engine    where work runs: it maps a function over items, in this process or in many
+
+The verbs (`annotate`, `train`, `evaluate`) see only these; `teachers/`, `labels/encodings.py`, `losses.py` and
+`engines/` implement them.
+
+Shape suffixes: B batch, C classes, K kept classes, M compared classes (C, or K + 1 with the tail as a bucket),
+H and W pixels, N rows of a shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import torch
+    from torch import Tensor
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class LoadedTeacher(Protocol):
+    """A teacher on its device, ready to run."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names in logit order; the positions as text where the source has no names."""
+        ...
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """What decides its logits (architecture, hash of the weights, preprocessing): JSON values, no paths."""
+        ...
+
+    def prepare(self, image_CHW: Tensor) -> tuple[Tensor, ...]:
+        """Turn one decoded image (uint8, 1 or 3 channels) into uint8 inputs of fixed shape. Runs on decoding threads."""
+        ...
+
+    def logits(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        """Run batches of prepared inputs; returns float32 logits of shape (B, C) on the device."""
+        ...
+
+
+class Teacher(Protocol):
+    """A teacher's description. Pickles; holds no weights."""
+
+    @property
+    def uri(self) -> str:
+        """The spec as given, such as `torchvision:resnet50?weights=IMAGENET1K_V2`."""
+        ...
+
+    def load(self, device: torch.device) -> LoadedTeacher:
+        """Build the model and load its weights. Raises `SpecError` or `MissingExtra`."""
+        ...
+
+
+class Encoding(Protocol):
+    """How logits are stored."""
+
+    @property
+    def name(self) -> str:
+        """The spec that makes it, such as `topk:10`."""
+        ...
+
+    def check(self, num_classes: int) -> None:
+        """Raise `SpecError` if it makes no sense for so many classes."""
+        ...
+
+    def fields(self, num_classes: int) -> list[pa.Field]:
+        """The Parquet columns it writes."""
+        ...
+
+    def encode(self, logits_BC: Tensor) -> dict[str, Tensor]:
+        """Finite float32 logits → a tensor per column, on the same device."""
+        ...
+
+    def full_log_probs(self, columns: Mapping[str, Tensor], temperature: float, num_classes: int) -> Tensor:
+        """What the stored columns say of all classes at a temperature: log-probabilities (B, C)."""
+        ...
+
+    def log_probs(
+        self, columns: Mapping[str, Tensor], student_logits_BC: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        """Teacher's and student's log-probabilities over the same M outcomes, both (B, M), float32 or wider."""
+        ...
+
+
+class SoftTargets(Protocol):
+    """Stored soft labels of a batch, as a loss sees them."""
+
+    @property
+    def pred_B(self) -> Tensor:
+        """The teacher's class, int64."""
+        ...
+
+    def log_probs(self, student_logits_BC: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """As `Encoding.log_probs`."""
+        ...
+
+
+class Loss(Protocol):
+    """A distillation loss, row by row."""
+
+    def __call__(self, student_logits_BC: Tensor, targets: SoftTargets, temperature: float) -> Tensor:
+        """Returns (B,), scaled so that its gradient doesn't shrink with the temperature."""
+        ...
+
+
+class Engine(Protocol):
+    """Where work runs. Contract: the results, as a set, are those of `work(iter(items), device)` in one process."""
+
+    def map(self, work: Callable[[Iterator[Item], str], Iterator[Result]], items: Sequence[Item]) -> Iterator[Result]:
+        """Hand `items` out to copies of the picklable `work`, each with a device, and yield results as they come."""
+        ...

@@ -1,0 +1,183 @@
+"""The columns and metadata of a part, and how one Parquet file is written and read (see FORMAT.md).
+
+A file carries its own SHA-256: the metadata is written with 64 zeros in its place, the file hashed, and the zeros
+overwritten with the digits. So any changed byte is found, the footer's too, which Parquet's page checksums don't
+cover. Needs no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pseudolabel import storage
+from pseudolabel.errors import DamagedPart, StoreError
+
+FORMAT_VERSION = 1
+METADATA_KEY = b"pseudolabel"
+ROW_GROUP_ROWS = 16384
+_UNSEALED = "0" * 64
+_SEAL_KEY = "file_sha256"
+
+_IDENTITY_FIELDS = [
+    pa.field("key", pa.string(), nullable=False),
+    pa.field("index", pa.int32(), nullable=False),
+    pa.field("view", pa.int16(), nullable=False),
+]
+_VIEW_FIELDS = [
+    pa.field("crop", pa.list_(pa.float32(), 4), nullable=False),
+    pa.field("flip", pa.bool_(), nullable=False),
+    pa.field("aug_seed", pa.int64(), nullable=False),
+]
+_SUMMARY_FIELDS = [
+    pa.field("label", pa.int32(), nullable=True),
+    pa.field("pred", pa.int32(), nullable=False),
+    pa.field("confidence", pa.float32(), nullable=False),
+    pa.field("entropy", pa.float32(), nullable=False),
+    pa.field("margin", pa.float32(), nullable=False),
+]
+REJECT_SCHEMA = pa.schema(
+    [
+        pa.field("shard", pa.string(), nullable=False),
+        pa.field("index", pa.int32(), nullable=False),
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("stage", pa.string(), nullable=False),
+        pa.field("error", pa.string(), nullable=False),
+        pa.field("detail", pa.string(), nullable=False),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class PartInfo:
+    """What a part says of itself. `fidelity` maps "mean" and "p99" to nats of KL(full ‖ stored) by temperature."""
+
+    fingerprint: str
+    shard: str
+    size: int
+    sha256: str
+    samples: int
+    rejects: int
+    encoding: str
+    num_classes: int
+    fidelity: Mapping[str, Mapping[str, float]]
+    format_version: int = FORMAT_VERSION
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in sorted(self.__dataclass_fields__)}
+
+
+def part_schema(encoding_fields: Sequence[pa.Field], *, augmented: bool) -> pa.Schema:
+    """The columns of a part, in order. `augmented` stores carry the view columns."""
+    return pa.schema([*_IDENTITY_FIELDS, *(_VIEW_FIELDS if augmented else []), *_SUMMARY_FIELDS, *encoding_fields])
+
+
+def write_sealed(path: Path, table: pa.Table, metadata: Mapping[str, Any]) -> None:
+    """Write a Parquet file atomically, with page checksums, `metadata` as JSON, and its own hash. Raises
+    `StorageError`.
+    """
+    lists = [field.name for field in table.schema if pa.types.is_fixed_size_list(field.type)]
+    plain = [
+        name
+        for name in ("crop", "confidence", "entropy", "margin", "lse", "tail_mean", "tail_var")
+        if name in table.column_names
+    ]
+    columns = {
+        f"{name}.list.element" if name in lists else name: "BYTE_STREAM_SPLIT"
+        for name in dict.fromkeys([*lists, *plain])
+    }
+    text = json.dumps({**metadata, _SEAL_KEY: _UNSEALED}, sort_keys=True, separators=(",", ":"))
+    with storage.atomic_file(path) as temporary:
+        with pq.ParquetWriter(
+            temporary,
+            table.schema,
+            compression="zstd",
+            compression_level=1,
+            use_dictionary=[
+                name for name in ("label", "pred", "view", "shard", "stage", "error") if name in table.column_names
+            ],
+            column_encoding=columns,
+            write_page_checksum=True,
+        ) as writer:
+            writer.write_table(table, row_group_size=ROW_GROUP_ROWS)
+            writer.add_key_value_metadata({METADATA_KEY.decode(): text})
+        _seal(temporary)
+
+
+def _seal(path: Path) -> None:
+    content = path.read_bytes()
+    position = _seal_position(content)
+    assert content[position : position + 64] == _UNSEALED.encode()
+    with open(path, "r+b") as file:
+        file.seek(position)
+        file.write(hashlib.sha256(content).hexdigest().encode())
+
+
+def _seal_position(content: bytes) -> int:
+    marker = f'"{_SEAL_KEY}":"'.encode()
+    position = content.rfind(marker)
+    if position < 0:
+        raise ValueError("it carries no hash of itself")
+    return position + len(marker)
+
+
+def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read a file whole, its hash and page checksums verified. Raises `DamagedPart` or `StorageError`."""
+    with storage.explain_os_errors(path, "reading"):
+        content = path.read_bytes()
+    try:
+        position = _seal_position(content)
+        digest = hashlib.sha256(content[:position])
+        digest.update(_UNSEALED.encode())
+        digest.update(memoryview(content)[position + 64 :])
+        if digest.hexdigest().encode() != content[position : position + 64]:
+            raise ValueError("its content doesn't fit the hash it was sealed with")
+        return pq.read_table(pa.BufferReader(content), columns=columns, page_checksum_verification=True)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise damaged(path, _first_line(error)) from error
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The JSON of a file's footer. Raises `DamagedPart` or `StoreError` (unknown format version)."""
+    if not path.is_file():
+        raise StoreError(f"{path}: no such file; annotate this shard")
+    try:
+        found = pq.read_metadata(path).metadata or {}
+        metadata = json.loads(found[METADATA_KEY])
+        version = metadata["format_version"]
+    except PermissionError as error:
+        raise StoreError(f"{path}: not readable ({error.strerror}); change its permissions") from error
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+        raise damaged(path, f"its footer can't be read: {_first_line(error)}") from error
+    if version != FORMAT_VERSION:
+        raise StoreError(
+            f"{path}: format version {version}, this version reads {FORMAT_VERSION}; use a matching pseudolabel"
+        )
+    return dict(metadata)
+
+
+def read_info(path: Path) -> PartInfo:
+    """What a part says of itself, from its footer alone. Raises as `read_metadata`."""
+    metadata = read_metadata(path)
+    try:
+        return PartInfo(**{name: metadata[name] for name in PartInfo.__dataclass_fields__})
+    except KeyError as error:
+        raise damaged(path, f"its metadata lacks {error}") from error
+
+
+def damaged(path: Path, why: str) -> DamagedPart:
+    return DamagedPart(
+        f"{path}: this file of the store is damaged: {why}\ndelete it and run the same annotate "
+        "again: only this shard is redone"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

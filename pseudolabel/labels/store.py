@@ -1,0 +1,199 @@
+"""The store: a directory of parts with one identity.
+
+    STORE/store.json               identity, written first
+    STORE/parts/<shard>.parquet    present means whole
+    STORE/rejects/<shard>.parquet  only where there are any; written before the part
+    STORE/log/*.jsonl              timings and hosts; never part of identity
+
+Committing a shard: rejects (or their removal), then the part by rename. The part is the mark that the shard is done.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from pseudolabel import storage
+from pseudolabel.errors import StoreError, StoreMismatch
+from pseudolabel.labels import schema
+from pseudolabel.labels.schema import FORMAT_VERSION, PartInfo
+
+
+@dataclass(frozen=True)
+class StoreIdentity:
+    """What makes a store's labels what they are. Equal identities have equal fingerprints, whatever the paths."""
+
+    teacher: Mapping[str, Any]
+    classes: tuple[str, ...]
+    encoding: str
+    views: Mapping[str, Any]
+    precision: str
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the identity as canonical JSON."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format_version": FORMAT_VERSION,
+            "teacher": dict(self.teacher),
+            "classes": list(self.classes),
+            "encoding": self.encoding,
+            "views": dict(self.views),
+            "precision": self.precision,
+        }
+
+
+@dataclass(frozen=True)
+class Store:
+    """An open store. Make one with `create` (annotate) or `open_store` (all others)."""
+
+    root: Path
+    identity: StoreIdentity
+
+    @property
+    def fingerprint(self) -> str:
+        return self.identity.fingerprint
+
+    def part_path(self, shard: str) -> Path:
+        return self.root / "parts" / f"{shard}.parquet"
+
+    def rejects_path(self, shard: str) -> Path:
+        return self.root / "rejects" / f"{shard}.parquet"
+
+    def part_names(self) -> list[str]:
+        """Shards that are done, sorted. One listing of the directory."""
+        return sorted(path.name.removesuffix(".parquet") for path in (self.root / "parts").glob("[!.]*.parquet"))
+
+    def info(self, shard: str) -> PartInfo:
+        """What a part says of itself; it must belong to this store and to this shard.
+
+        Raises:
+            StoreMismatch, DamagedPart.
+        """
+        path = self.part_path(shard)
+        info = schema.read_info(path)
+        if info.fingerprint != self.fingerprint:
+            raise StoreMismatch(
+                f"{path}: made with fingerprint {info.fingerprint[:12]}, this store has {self.fingerprint[:12]}\n"
+                "it was copied here from another store: delete it and annotate again"
+            )
+        if info.shard != shard:
+            raise StoreMismatch(
+                f"{path}: holds the labels of shard {info.shard!r}, not {shard!r}; give it its own name back"
+            )
+        return info
+
+    def infos(self) -> Iterator[PartInfo]:
+        return (self.info(name) for name in self.part_names())
+
+    def read(self, shard: str, columns: list[str] | None = None) -> pa.Table:
+        """A part's rows, whole file verified. Raises `DamagedPart`, `StorageError`."""
+        return schema.read_table(self.part_path(shard), columns)
+
+    def read_rejects(self, shard: str) -> pa.Table:
+        """A shard's rejects, empty where there are none. Raises `DamagedPart`."""
+        path = self.rejects_path(shard)
+        if not path.exists():
+            return schema.REJECT_SCHEMA.empty_table()
+        return schema.read_table(path)
+
+    def commit(self, info: PartInfo, part: pa.Table, rejects: pa.Table) -> None:
+        """Publish a shard's labels: rejects first, the part last. Raises `StorageError`."""
+        path = self.rejects_path(info.shard)
+        if rejects.num_rows:
+            facts = {"format_version": FORMAT_VERSION, "fingerprint": info.fingerprint, "shard": info.shard}
+            schema.write_sealed(path, rejects, facts)
+        else:
+            path.unlink(missing_ok=True)
+        schema.write_sealed(self.part_path(info.shard), part, info.to_json())
+
+
+def create(root: str | Path, identity: StoreIdentity) -> Store:
+    """Make the store, or open it for more parts if it has this very identity.
+
+    Raises:
+        StoreMismatch: there is a store made from something else; the message says what differs.
+    """
+    store = Store(storage.local_path(root), identity)
+    path = store.root / "store.json"
+    if not path.exists():
+        if any((store.root / "parts").glob("*.parquet")):
+            raise StoreError(
+                f"{store.root}: holds parts but no store.json, so they can't be trusted; choose another --out"
+            )
+        with storage.explain_os_errors(store.root, "making"):
+            for name in ("parts", "rejects", "log"):
+                (store.root / name).mkdir(parents=True, exist_ok=True)
+        content = {**identity.to_json(), "fingerprint": identity.fingerprint}
+        storage.write_atomic(path, json.dumps(content, indent=1) + "\n")
+    found = open_store(root)
+    if found.fingerprint != store.fingerprint:
+        raise StoreMismatch(
+            f"{store.root}: this store was made from something else:\n"
+            + "\n".join(_differences(found.identity.to_json(), identity.to_json())[:3])
+            + "\nuse the same settings to go on with it, or another --out"
+        )
+    for directory in ("parts", "rejects"):
+        storage.remove_stale(store.root / directory)
+    return found
+
+
+def open_store(root: str | Path) -> Store:
+    """Open a store for reading.
+
+    Raises:
+        StoreError: no store there, or one of another format version, or a store.json that was edited.
+    """
+    directory = storage.local_path(root)
+    path = directory / "store.json"
+    if not path.exists():
+        raise StoreError(f"{directory}: no store here (no store.json); make one with `pseudolabel annotate`")
+    with storage.explain_os_errors(path, "reading"):
+        content = path.read_bytes()
+    try:
+        data = json.loads(content)
+        version = data["format_version"]
+        if version != FORMAT_VERSION:
+            raise StoreError(
+                f"{path}: format version {version}, this version reads {FORMAT_VERSION}; use a matching pseudolabel"
+            )
+        identity = StoreIdentity(
+            data["teacher"], tuple(data["classes"]), data["encoding"], data["views"], data["precision"]
+        )
+        fingerprint = data["fingerprint"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise StoreError(f"{path}: can't be read ({error}); put the file back from a copy, or annotate anew") from error
+    if fingerprint != identity.fingerprint:
+        raise StoreError(
+            f"{path}: was edited, its fingerprint no longer fits; put the file back from a copy, or annotate anew"
+        )
+    return Store(directory, identity)
+
+
+def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any], where: str = "") -> list[str]:
+    """One line per value that differs, by its dotted path."""
+    lines = []
+    for name in sorted(found.keys() | wanted.keys()):
+        old, new = found.get(name), wanted.get(name)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            lines += _differences(old, new, f"{where}{name}.")
+        elif old != new:
+            lines.append(f"  {where}{name}: the store has {_short(old)}, this run {_short(new)}")
+    return lines
+
+
+def _short(value: object) -> str:
+    text = f"{len(value)} values" if isinstance(value, list) and len(value) > 4 else json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "…"

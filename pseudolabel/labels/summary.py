@@ -1,0 +1,58 @@
+"""What is in a store, from the parts' footers alone: cheap, however many rows there are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pseudolabel.labels.store import Store
+
+
+@dataclass(frozen=True)
+class StoreSummary:
+    """`bytes_per_row` counts whole part files. `fidelity`: mean over rows, and the worst part's 99th percentile, of
+    KL(full ‖ stored) in nats, by temperature.
+    """
+
+    rows: int
+    parts: int
+    rejects: int
+    num_classes: int
+    encoding: str
+    bytes_per_row: float
+    fidelity: Mapping[str, Mapping[str, float]]
+    fingerprint: str
+    teacher: Mapping[str, Any]
+    classes: tuple[str, ...]
+
+
+def summarize_store(store: Store) -> StoreSummary:
+    """Read every part's footer. Raises `StoreMismatch`, `DamagedPart`."""
+    rows = parts = rejects = size = 0
+    sums: dict[str, float] = {}
+    worst: dict[str, float] = {}
+    for info in store.infos():
+        labeled = info.samples - info.rejects
+        rows += labeled
+        rejects += info.rejects
+        parts += 1
+        size += store.part_path(info.shard).stat().st_size
+        for temperature, value in info.fidelity["mean"].items():
+            sums[temperature] = sums.get(temperature, 0.0) + value * labeled
+        for temperature, value in info.fidelity["p99"].items():
+            worst[temperature] = max(worst.get(temperature, 0.0), value)
+    identity = store.identity
+    mean = {temperature: value / max(rows, 1) for temperature, value in sums.items()}
+    return StoreSummary(
+        rows=rows,
+        parts=parts,
+        rejects=rejects,
+        num_classes=identity.num_classes,
+        encoding=identity.encoding,
+        bytes_per_row=round(size / rows, 2) if rows else 0.0,
+        fidelity={"mean": mean, "p99": worst},
+        fingerprint=store.fingerprint,
+        teacher=identity.teacher,
+        classes=identity.classes,
+    )

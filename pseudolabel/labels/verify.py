@@ -1,0 +1,113 @@
+"""Is a store intact? Every byte is read again: hashes, counts, order, names, and with the shards at hand their
+content and keys.
+
+A shard without a part is not a problem: it is unfinished, and the same annotate goes on with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+
+from pseudolabel.errors import DamagedPart, DamagedShard, PseudolabelError, StoreMismatch
+from pseudolabel.labels import schema
+from pseudolabel.labels.schema import PartInfo
+from pseudolabel.labels.store import Store
+from pseudolabel.shards import Shard, ShardFile
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong with which file."""
+
+    part: str
+    kind: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class VerifyResult:
+    """`rows` counts those of intact parts."""
+
+    ok: bool
+    parts: int
+    rows: int
+    problems: tuple[Problem, ...]
+
+
+def verify(store: Store, shards: Sequence[Shard] = ()) -> VerifyResult:
+    """Check all parts; those of `shards` also against the shards themselves."""
+    by_name = {shard.name: shard for shard in shards}
+    problems = list(_foreign_files(store))
+    names = store.part_names()
+    rows = 0
+    for name in names:
+        try:
+            info = store.info(name)
+            part, rejects = store.read(name), store.read_rejects(name)
+            _check_counts(store, info, part, rejects)
+            if name in by_name:
+                _check_shard(by_name[name], info, part, rejects)
+            rows += part.num_rows
+        except PseudolabelError as error:
+            problems.append(Problem(name, error.kind, str(error).splitlines()[0]))
+    for name in sorted(by_name.keys() - set(names)):
+        problems.append(Problem(name, "MissingPart", f"{by_name[name].path}: not annotated in this store"))
+    return VerifyResult(not problems, len(names), rows, tuple(problems))
+
+
+def _foreign_files(store: Store) -> Iterator[Problem]:
+    for directory in ("parts", "rejects"):
+        for path in sorted((store.root / directory).glob("*")):
+            if path.suffix != ".parquet" or not path.is_file():
+                yield Problem(path.name, "ForeignFile", f"{path}: doesn't belong into a store; remove it")
+
+
+def _check_counts(store: Store, info: PartInfo, part: pa.Table, rejects: pa.Table) -> None:
+    path: Path = store.part_path(info.shard)
+    wanted = schema.part_schema(_encoding_fields(part), augmented="crop" in part.column_names)
+    if part.schema.names != wanted.names:
+        raise DamagedPart(f"{path}: its columns are {', '.join(part.schema.names)}; delete it and annotate again")
+    if info.encoding != store.identity.encoding or info.num_classes != store.identity.num_classes:
+        raise StoreMismatch(
+            f"{path}: encoding {info.encoding} of {info.num_classes} classes; the store's is "
+            f"{store.identity.encoding} of {store.identity.num_classes}"
+        )
+    index = part["index"].to_pylist()
+    if part.num_rows + rejects.num_rows != info.samples or rejects.num_rows != info.rejects:
+        raise DamagedPart(
+            f"{path}: {part.num_rows} rows and {rejects.num_rows} rejects for {info.samples} samples, "
+            f"{info.rejects} of them rejects"
+        )
+    if index != sorted(set(index)) or sorted(index + rejects["index"].to_pylist()) != list(range(info.samples)):
+        raise DamagedPart(f"{path}: rows are out of order, or a sample is in neither or both of part and rejects")
+
+
+def _encoding_fields(part: pa.Table) -> list[pa.Field]:
+    """The columns behind the fixed ones, taken as they are."""
+    names = part.schema.names
+    return [part.schema.field(name) for name in names[names.index("margin") + 1 :]] if "margin" in names else []
+
+
+def _check_shard(shard: Shard, info: PartInfo, part: pa.Table, rejects: pa.Table) -> None:
+    with ShardFile(shard) as opened:
+        if opened.size != info.size or opened.sha256() != info.sha256:
+            raise StoreMismatch(
+                f"{shard.path}: its content is not what was annotated; put the old shard back or annotate it again"
+            )
+        keys = dict(
+            zip(
+                part["index"].to_pylist() + rejects["index"].to_pylist(),
+                part["key"].to_pylist() + rejects["key"].to_pylist(),
+                strict=True,
+            )
+        )
+        wrong = [index for index, key in keys.items() if opened.keys[index] != key]
+        if wrong:
+            raise DamagedShard(
+                f"{shard.path}: sample {wrong[0]} is {opened.keys[wrong[0]]!r}, the store's label is "
+                f"of {keys[wrong[0]]!r}"
+            )

@@ -1,0 +1,134 @@
+"""Recipes: TOML files that hold everything that changes a result. Needs no torch.
+
+    recipe = load_recipe("pipelines/fashion_mnist.toml", overrides=["train.steps=200"])
+
+Paths in a recipe are relative to the current directory, as on the command line. An unknown key is an error that names
+the nearest known one.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from pseudolabel import specs, storage
+from pseudolabel.errors import RecipeError
+from pseudolabel.settings import AnnotateSettings, Fraction, Settings, TrainSettings
+
+Model = TypeVar("Model", bound=BaseModel)
+Shards = str | tuple[str, ...]
+
+
+class DataSettings(Settings):
+    """Where the shards are; each is a SHARDS argument or a list of them."""
+
+    labeled: Shards = Field(description="labeled shards")
+    unlabeled: Shards = Field(description="unlabeled shards")
+    val: Shards = Field(description="labeled shards that choose the best checkpoint")
+    test: Shards | None = Field(None, description="labeled shards that choose nothing")
+    classes: str | None = Field(None, description="a file of class names, one a line")
+
+
+class TeacherSettings(Settings):
+    """The first round's teacher: given, or trained from the labels alone."""
+
+    specs: tuple[str, ...] = Field((), description="teacher specs; several make an ensemble")
+    train: TrainSettings | None = Field(None, description="train the teacher from the labeled set instead")
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> TeacherSettings:
+        if bool(self.specs) == (self.train is not None):
+            raise ValueError(
+                "give either specs (a teacher that exists) or a [teacher.train] table (one to train from the labels)"
+            )
+        return self
+
+
+class RoundSettings(Settings):
+    """How often a student becomes the next teacher."""
+
+    count: int = Field(1, ge=1, le=20, description="annotate → train rounds")
+    control: bool = Field(True, description="also train the same student on the labels alone, for as many steps")
+    max_reject_fraction: Fraction = Field(0.1, description="more rejected samples than this stop the run")
+
+
+class Recipe(Settings):
+    """A whole pipeline."""
+
+    data: DataSettings
+    teacher: TeacherSettings
+    annotate: AnnotateSettings = AnnotateSettings()
+    train: TrainSettings
+    rounds: RoundSettings = RoundSettings()
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read, override (`a.b=c`, c as TOML or bare text) and validate. Raises `RecipeError`."""
+    return validate(Recipe, read_tables(path, overrides), str(path))
+
+
+def read_tables(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """A TOML file with overrides applied, not validated. Raises `RecipeError`."""
+    file = storage.local_path(path)
+    try:
+        tables = tomllib.loads(file.read_text())
+    except OSError as error:
+        raise RecipeError(f"{file}: can't be read: {error.strerror}; check the path") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{file}: not valid TOML: {error}") from error
+    for override in overrides:
+        _override(tables, override)
+    return tables
+
+
+def validate(kind: type[Model], tables: Mapping[str, Any], where: str) -> Model:
+    """Build `kind` from plain tables. Raises `RecipeError` naming each wrong key, at most four."""
+    try:
+        return kind.model_validate(tables)
+    except ValidationError as error:
+        lines = [_explain(kind, dict(one)) for one in error.errors()[:4]]
+        raise RecipeError(f"{where}:\n" + "\n".join(f"  {line}" for line in lines)) from error
+
+
+def _override(tables: dict[str, Any], text: str) -> None:
+    name, equals, value = text.partition("=")
+    path = [part.strip() for part in name.split(".")]
+    if not equals or not all(path):
+        raise RecipeError(f"--set {text!r}: write table.key=value, such as train.steps=200")
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value
+    for part in path[:-1]:
+        inner = tables.setdefault(part, {})
+        if not isinstance(inner, dict):
+            raise RecipeError(f"--set {text!r}: {part!r} is a value, not a table")
+        tables = inner
+    tables[path[-1]] = parsed
+
+
+def _explain(kind: type[BaseModel], error: dict[str, Any]) -> str:
+    path = [str(part) for part in error["loc"]]
+    name = ".".join(path) or "recipe"
+    if error["type"] == "extra_forbidden":
+        known = _fields_at(kind, path[:-1])
+        return f"unknown key {name!r}{specs.nearest(path[-1], known)}; known are {', '.join(known)}"
+    if error["type"] == "missing":
+        return f"{name!r} is missing"
+    message = str(error["msg"]).removeprefix("Value error, ")
+    return f"{name}: {message}" + (
+        "" if isinstance(error["input"], dict) else f" (it is {json.dumps(error['input'], default=str)})"
+    )
+
+
+def _fields_at(kind: type[BaseModel], path: Sequence[str]) -> list[str]:
+    for part in path:
+        annotation = kind.model_fields[part].annotation
+        options = [annotation, *getattr(annotation, "__args__", ())]
+        kind = next(one for one in options if isinstance(one, type) and issubclass(one, BaseModel))
+    return list(kind.model_fields)

@@ -1,0 +1,187 @@
+"""A self-contained HTML page of a run: the table, training curves, and images with the soft labels they got.
+
+Opens offline: plotly's script and all images are inside the page.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from pseudolabel import storage
+from pseudolabel.errors import PseudolabelError, StoreError
+
+_SHOWN_PER_ROW = 8
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """One image of the grid and its largest soft labels, as (class, percent)."""
+
+    source: str
+    key: str
+    labels: list[tuple[str, float]]
+
+
+def write_report(directory: str | Path) -> Path:
+    """Write `report.html` into a run's directory and return its path.
+
+    Raises:
+        StoreError: nothing there that could be shown.
+    """
+    from jinja2 import Environment, StrictUndefined
+
+    root = storage.local_path(directory)
+    marker = root / "run.json"
+    if not marker.exists():
+        raise StoreError(f"{root}: no finished run here (no run.json); finish it with the command that started it")
+    content = json.loads(marker.read_text())
+    runs = dict(_run_directories(root))
+    template = resources.files("pseudolabel.report").joinpath("page.html.j2").read_text()
+    page = Environment(undefined=StrictUndefined, autoescape=True).from_string(template)
+    text = page.render(
+        title=root.resolve().name,
+        rows=_rows(content),
+        plot=_curves(runs),
+        grid=_grid(root, content),
+        recipe=_recipe(root),
+    )
+    target = root / "report.html"
+    storage.write_atomic(target, text)
+    return target
+
+
+def _rows(content: dict[str, Any]) -> list[dict[str, Any]]:
+    if content["kind"] != "run":
+        return [
+            {
+                "name": "run",
+                **content["result"],
+                "test_accuracy": None,
+                "student": content["identity"]["settings"]["student"],
+            }
+        ]
+    named = [
+        ("teacher", content["teacher"]),
+        *((f"round {row['round']}", row) for row in content["rounds"]),
+        ("control: labels alone", content["control"]),
+    ]
+    return [{"name": name, **row} for name, row in named if row is not None]
+
+
+def _run_directories(root: Path) -> Iterator[tuple[str, Path]]:
+    candidates = [
+        ("run", root),
+        ("teacher", root / "teacher"),
+        *sorted((p.parent.name, p) for p in root.glob("round-*/student")),
+        ("control", root / "control"),
+    ]
+    return ((name, path) for name, path in candidates if (path / "metrics.jsonl").exists())
+
+
+def _curves(runs: dict[str, Path]) -> str:
+    """Loss and validation accuracy over steps as one plotly figure."""
+    import plotly.graph_objects as go
+    from plotly.subplots import make_subplots
+
+    figure = make_subplots(
+        rows=1,
+        cols=2,
+        subplot_titles=("validation accuracy", "training loss (its parts differ with alpha: compare shapes)"),
+    )
+    colours = ("#1b6ca8", "#d1495b", "#2e8b57", "#edae49", "#6a4c93", "#555555")
+    for (name, path), colour in zip(runs.items(), colours * 4, strict=False):
+        lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+        validated = [line for line in lines if "val_accuracy" in line]
+        for column, field, points in ((1, "val_accuracy", validated), (2, "loss", lines)):
+            steps, values = [point["step"] for point in points], [point[field] for point in points]
+            trace = go.Scatter(
+                x=steps,
+                y=values,
+                name=name,
+                mode="lines",
+                line={"color": colour},
+                legendgroup=name,
+                showlegend=column == 1,
+            )
+            figure.add_trace(trace, row=1, col=column)
+    figure.update_xaxes(title_text="step")
+    figure.update_layout(height=380, margin={"l": 50, "r": 20, "t": 50, "b": 40}, template="plotly_white")
+    plot: str = figure.to_html(full_html=False, include_plotlyjs="inline")
+    return plot
+
+
+def _grid(root: Path, content: dict[str, Any]) -> list[tuple[str, list[_Shown]]]:
+    """Images of the first store's first shard: where the teacher is sure, in doubt, and lost."""
+    if content["kind"] != "run":
+        return []
+    import torch
+
+    from pseudolabel.labels.encodings import parse_encoding
+    from pseudolabel.labels.store import open_store
+    from pseudolabel.shards import ShardFile, list_shards
+
+    store = open_store(root / "round-1" / "store")
+    shards = {shard.name: shard for shard in list_shards(content["recipe"]["data"]["unlabeled"])}
+    name = next((part for part in store.part_names() if part in shards), None)
+    if name is None:
+        return []
+    part = store.read(name)
+    encoding = parse_encoding(store.identity.encoding)
+    order = part["confidence"].to_numpy().argsort()
+    middle = len(order) // 4
+    chosen = {
+        "sure": order[::-1][:_SHOWN_PER_ROW],
+        "in doubt": order[middle : middle + _SHOWN_PER_ROW],
+        "lost": order[:_SHOWN_PER_ROW],
+    }
+    grid = []
+    with ShardFile(shards[name]) as opened:
+        for title, rows in chosen.items():
+            shown = []
+            for row in rows.tolist():
+                columns = {
+                    field.name: _column(part, field.name, row) for field in encoding.fields(store.identity.num_classes)
+                }
+                probs = encoding.full_log_probs(columns, 1.0, store.identity.num_classes).exp()[0]
+                values, ids = torch.topk(probs, min(3, len(probs)))
+                labels = [(store.identity.classes[int(c)], 100 * float(v)) for v, c in zip(values, ids, strict=True)]
+                sample = opened[part["index"][row].as_py()]
+                shown.append(_Shown(_data_uri(sample.fields), sample.key, labels))
+            grid.append((title, shown))
+    return grid
+
+
+def _column(part: Any, name: str, row: int) -> Any:
+    import torch
+
+    return torch.tensor([part[name][row].as_py()])
+
+
+def _data_uri(fields: Any) -> str:
+    """A thumbnail as PNG."""
+    from PIL import Image
+
+    from pseudolabel.views.image import decode, image_field
+
+    try:
+        pixels = decode(fields[image_field(fields)])
+    except ValueError as error:
+        raise PseudolabelError(str(error)) from error
+    image = Image.fromarray(pixels[0].numpy() if pixels.shape[0] == 1 else pixels.permute(1, 2, 0).numpy())
+    image.thumbnail((160, 160))
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _recipe(root: Path) -> str:
+    path = root / "recipe.toml"
+    return html.unescape(path.read_text()) if path.exists() else ""

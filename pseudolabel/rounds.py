@@ -1,0 +1,271 @@
+"""The whole pipeline: teacher → annotate → train → evaluate, round after round, and a control without soft labels.
+
+    DIR/recipe.toml            resolved
+    DIR/teacher/               only if the teacher is trained from the labels
+    DIR/round-1/store/         the teacher's soft labels
+    DIR/round-1/student/       a run directory; the next round's teacher
+    DIR/control/               the same student from the labels alone, for as many steps
+    DIR/run.json               written last: the table
+
+Each stage is skipped if it is done: a store knows its fingerprint, a run directory its own, so there is no other
+bookkeeping to go wrong. The same command after a kill goes on where it stopped; with a changed recipe it refuses to
+mix the old with the new.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import tomli_w
+
+from pseudolabel import storage
+from pseudolabel.annotate import Progress, annotate
+from pseudolabel.errors import OutputExists, RecipeError
+from pseudolabel.evaluate import Evaluation, evaluate
+from pseudolabel.interfaces import Engine, Teacher
+from pseudolabel.labels.store import open_store
+from pseudolabel.recipe import Recipe
+from pseudolabel.settings import TrainSettings
+from pseudolabel.shards import Shard, list_shards
+from pseudolabel.teachers import parse_teachers
+from pseudolabel.train import TrainProgress, TrainResult, train
+
+
+@dataclass(frozen=True)
+class Round:
+    """One row of the table. Round 0 is the first teacher; its accuracies are None where it isn't one of our models."""
+
+    round: int
+    teacher: str
+    student: str
+    parameters: int
+    val_accuracy: float | None
+    test_accuracy: float | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a recipe gave. `control` is the same student trained on the labels alone; None if the recipe asks for
+    none.
+    """
+
+    out: str
+    rounds: tuple[Round, ...]
+    control: Round | None
+    teacher: Round | None
+    seconds: float
+
+
+class Watcher(Protocol):
+    """Is told what goes on."""
+
+    def stage(self, title: str, shards: list[Shard] | None = None) -> None: ...
+    def annotating(self, progress: Progress) -> None: ...
+    def training(self, progress: TrainProgress) -> None: ...
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where and how fast: nothing here changes a result."""
+
+    engine: Engine
+    device: str = "cpu"
+    workers: int = 0
+    threads: int | None = None
+
+
+def run(recipe: Recipe, out: str | Path, place: Place, watcher: Watcher) -> RunResult:
+    """Run all stages of `recipe` in the directory `out`; finished stages are skipped.
+
+    Raises:
+        OutputExists: `out` holds another recipe's run.
+        RecipeError: the recipe contradicts its data.
+    """
+    started = time.monotonic()
+    pipeline = _Pipeline(recipe, storage.local_path(out), place, watcher)
+    pipeline.claim()
+    teacher_uris, teacher_row = pipeline.first_teacher()
+    rounds: list[Round] = []
+    steps = 0
+    for number in range(1, recipe.rounds.count + 1):
+        row, trained = pipeline.round(number, teacher_uris)
+        rounds.append(row)
+        steps = trained.steps
+        teacher_uris = [f"checkpoint:{pipeline.out / f'round-{number}' / 'student'}"]
+    control = pipeline.control(steps) if recipe.rounds.control else None
+    result = RunResult(str(out), tuple(rounds), control, teacher_row, round(time.monotonic() - started, 3))
+    content = {
+        "format_version": 1,
+        "kind": "run",
+        "fingerprint": pipeline.fingerprint,
+        "recipe": recipe.model_dump(mode="json"),
+        **asdict(result),
+    }
+    storage.write_atomic(pipeline.out / "run.json", json.dumps({**content, "out": None}, indent=1) + "\n")
+    return result
+
+
+class _Pipeline:
+    """A recipe with its data listed and its directory."""
+
+    def __init__(self, recipe: Recipe, out: Path, place: Place, watcher: Watcher) -> None:
+        self.recipe, self.out, self.place, self.watcher = recipe, out, place, watcher
+        data = recipe.data
+        self.labeled, self.unlabeled, self.val = (
+            list_shards(data.labeled),
+            list_shards(data.unlabeled),
+            list_shards(data.val),
+        )
+        self.test = list_shards(data.test) if data.test is not None else None
+        self.classes = read_classes(data.classes) if data.classes is not None else None
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(json.dumps(self.recipe.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+    def claim(self) -> None:
+        """Write the recipe, or find it. Raises `OutputExists` for another one."""
+        path = self.out / "recipe.toml"
+        text = tomli_w.dumps(self.recipe.model_dump(mode="json", exclude_none=True))
+        if path.exists():
+            if path.read_text() != text:
+                raise OutputExists(
+                    f"{self.out}: holds the run of another recipe (compare its recipe.toml); choose "
+                    "another --out, or the old recipe"
+                )
+            return
+        if self.out.exists() and any(
+            path.name.startswith(("round-", "control", "teacher", "run.json")) for path in self.out.iterdir()
+        ):
+            raise OutputExists(f"{self.out}: holds stages of a run but no recipe.toml; choose another --out")
+        storage.write_atomic(path, text)
+
+    def first_teacher(self) -> tuple[list[str], Round | None]:
+        """The specs of round 1's teacher; trained from the labels if the recipe says so."""
+        own = self.recipe.teacher.train
+        if own is None:
+            uris = list(self.recipe.teacher.specs)
+            return uris, self._given_teacher(uris)
+        self.watcher.stage("teacher: training on the labels alone")
+        result = self._train(own, self.out / "teacher", control=True)
+        return [f"checkpoint:{self.out / 'teacher'}"], self._row(
+            0, "labels alone", own.student, self.out / "teacher", result
+        )
+
+    def _given_teacher(self, uris: list[str]) -> Round | None:
+        if len(uris) != 1 or not uris[0].startswith("checkpoint:"):
+            return None
+        directory = storage.local_path(uris[0].removeprefix("checkpoint:"))
+        self.watcher.stage("teacher: evaluating")
+        card = json.loads((directory / "model.json").read_text()) if (directory / "model.json").exists() else {}
+        val, test = self._accuracy(directory, self.val), self._accuracy(directory, self.test)
+        return Round(0, "given", card.get("student", ""), card.get("parameters", 0), val, test, 0.0)
+
+    def round(self, number: int, teacher_uris: list[str]) -> tuple[Round, TrainResult]:
+        """Annotate the unlabeled shards with the teacher, train a student from the soft labels."""
+        directory = self.out / f"round-{number}"
+        teacher: Teacher = parse_teachers(teacher_uris)
+        self.watcher.stage(
+            f"round {number}: annotating {len(self.unlabeled)} shards with {teacher.uri}", self.unlabeled
+        )
+        annotated = annotate(
+            self.unlabeled,
+            teacher,
+            directory / "store",
+            engine=self.place.engine,
+            settings=self.recipe.annotate,
+            max_reject_fraction=self.recipe.rounds.max_reject_fraction,
+            on_progress=self.watcher.annotating,
+        )
+        self.watcher.stage(
+            f"round {number}: training {self.recipe.train.student} on "
+            f"{annotated.samples - annotated.rejects} soft labels"
+        )
+        settings = self.recipe.train.model_copy(update={"seed": self.recipe.train.seed + number - 1})
+        result = self._train(settings, directory / "student")
+        return self._row(number, " + ".join(teacher_uris), settings.student, directory / "student", result), result
+
+    def control(self, steps: int) -> Round:
+        """The same student, seed and number of steps, from the labeled set alone."""
+        self.watcher.stage("control: training the same student on the labels alone")
+        settings = self.recipe.train.model_copy(update={"steps": steps, "epochs": None})
+        result = self._train(settings, self.out / "control", control=True)
+        return self._row(0, "none", settings.student, self.out / "control", result)
+
+    def _train(self, settings: TrainSettings, directory: Path, *, control: bool = False) -> TrainResult:
+        store = None if control else open_store(directory.parent / "store")
+        if store is not None and self.classes is not None and len(self.classes) != store.identity.num_classes:
+            raise RecipeError(
+                f"{self.recipe.data.classes}: names {len(self.classes)} classes, the teacher has "
+                f"{store.identity.num_classes}"
+            )
+        return train(
+            settings,
+            directory,
+            labeled=self.labeled,
+            unlabeled=() if control else self.unlabeled,
+            store=store,
+            val=self.val,
+            classes=self.classes,
+            device=self.place.device,
+            workers=self.place.workers,
+            threads=self.place.threads,
+            on_progress=self.watcher.training,
+        )
+
+    def _row(self, number: int, teacher: str, student: str, directory: Path, result: TrainResult) -> Round:
+        return Round(
+            number,
+            teacher,
+            student,
+            result.parameters,
+            result.val_accuracy,
+            self._accuracy(directory, self.test),
+            result.seconds,
+        )
+
+    def _accuracy(self, directory: Path, shards: list[Shard] | None) -> float | None:
+        """Evaluated once and kept beside the model."""
+        if shards is None:
+            return None
+        found: Evaluation = evaluate(directory, shards, device=self.place.device)
+        return found.accuracy
+
+
+def read_classes(path: str | Path) -> tuple[str, ...]:
+    """Class names, one a line. Raises `RecipeError`."""
+    file = storage.local_path(path)
+    try:
+        names = tuple(line.strip() for line in file.read_text().splitlines() if line.strip())
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{file}: can't read class names: {error}") from error
+    if not names or len(set(names)) != len(names):
+        raise RecipeError(
+            f"{file}: class names must be one a line, each once; found {len(names)}, "
+            f"{len(set(names))} of them different"
+        )
+    return names
+
+
+def table(result: RunResult) -> list[dict[str, Any]]:
+    """The final table's rows: teacher, rounds, control, with the gain over the control."""
+    named = [
+        ("teacher", result.teacher),
+        *((f"round {row.round}", row) for row in result.rounds),
+        ("control", result.control),
+    ]
+    base = result.control.test_accuracy if result.control is not None else None
+    rows = []
+    for name, row in named:
+        if row is not None:
+            gain = (
+                None if base is None or row.test_accuracy is None or row is result.control else row.test_accuracy - base
+            )
+            rows.append({"name": name, **asdict(row), "gain": gain})
+    return rows

@@ -1,0 +1,146 @@
+"""A run directory: what training leaves behind, and how it tells finished from interrupted.
+
+run.json          written last: the run is complete; metrics and fingerprint
+recipe.toml       the settings, resolved
+metrics.jsonl     a line every few steps
+model.safetensors, model.json
+checkpoint/       state.safetensors, to resume from; removed when the run is complete
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from pseudolabel import storage
+from pseudolabel.errors import OutputExists
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """The directory at `path` for a run that is what `identity` says (settings and hashes of all inputs)."""
+
+    path: Path
+    kind: str
+    identity: Mapping[str, Any]
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(json.dumps({"kind": self.kind, **self.identity}, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def state_path(self) -> Path:
+        return self.path / "checkpoint" / "state.safetensors"
+
+    def start(self, *, overwrite: bool = False) -> dict[str, Any] | None:
+        """Make the directory, or find the run in it. Returns run.json's content if this very run is complete.
+
+        Raises:
+            OutputExists: something else is there.
+        """
+        marker = self.path / "run.json"
+        if overwrite:
+            self._clear()
+        if marker.exists():
+            try:
+                found = json.loads(marker.read_text())
+                fingerprint = found["fingerprint"]
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise OutputExists(
+                    f"{marker}: can't be read ({error}); choose another --out, or replace it with --overwrite"
+                ) from error
+            if fingerprint != self.fingerprint:
+                raise OutputExists(self._other_run(found.get("identity", {})))
+            return dict(found)
+        strangers = (
+            [path.name for path in self.path.iterdir() if path.name not in self._own_names()]
+            if self.path.is_dir()
+            else []
+        )
+        if self.path.exists() and not self.path.is_dir():
+            raise OutputExists(f"{self.path}: is a file; choose another --out")
+        if strangers:
+            raise OutputExists(
+                f"{self.path}: holds {sorted(strangers)[0]!r}, which is not of a training run; choose "
+                "an empty or new --out"
+            )
+        with storage.explain_os_errors(self.path, "making"):
+            (self.path / "checkpoint").mkdir(parents=True, exist_ok=True)
+        for directory in (self.path, self.path / "checkpoint"):
+            storage.remove_stale(directory)
+        if not self.state_path.exists():
+            (self.path / "metrics.jsonl").unlink(missing_ok=True)
+        return None
+
+    def write_settings(self, settings: Mapping[str, Any]) -> None:
+        storage.write_atomic(self.path / "recipe.toml", tomli_w.dumps({"train": settings}))
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        path = self.path / "metrics.jsonl"
+        with storage.explain_os_errors(path, "writing"), open(path, "a") as file:
+            file.write(json.dumps({name: value for name, value in record.items() if value is not None}) + "\n")
+
+    def cut_log(self, step: int) -> None:
+        """Drop what was logged after the checkpoint at `step`: those steps are done again."""
+        path = self.path / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        kept = [line for line in lines if _step_of(line) <= step]
+        storage.write_atomic(path, "".join(line + "\n" for line in kept))
+
+    def save(self, write: Callable[[Path, dict[str, Any]], None]) -> None:
+        """Replace the checkpoint; `write` gets the path and the facts that `check` wants to find in it."""
+        write(self.state_path, {"fingerprint": self.fingerprint, "identity": dict(self.identity)})
+
+    def check(self, facts: Mapping[str, Any]) -> None:
+        """Raises `OutputExists` if a checkpoint is of another run."""
+        if facts.get("fingerprint") != self.fingerprint:
+            raise OutputExists(self._other_run(facts.get("identity", {})))
+
+    def finish(self, content: Mapping[str, Any]) -> None:
+        """Mark the run complete, then drop the checkpoint."""
+        marker = {
+            "format_version": FORMAT_VERSION,
+            "kind": self.kind,
+            **content,
+            "fingerprint": self.fingerprint,
+            "identity": dict(self.identity),
+        }
+        storage.write_atomic(self.path / "run.json", json.dumps(marker, indent=1) + "\n")
+        shutil.rmtree(self.path / "checkpoint", ignore_errors=True)
+
+    def _own_names(self) -> set[str]:
+        own = {"recipe.toml", "metrics.jsonl", "model.safetensors", "model.json", "checkpoint", "events"}
+        return own | {path.name for path in self.path.glob(".*.tmp-*")}
+
+    def _clear(self) -> None:
+        """Remove a run's own files, and nothing else."""
+        for name in ("run.json", "recipe.toml", "metrics.jsonl", "model.safetensors", "model.json"):
+            (self.path / name).unlink(missing_ok=True)
+        shutil.rmtree(self.path / "checkpoint", ignore_errors=True)
+
+    def _other_run(self, identity: Mapping[str, Any]) -> str:
+        different = [name for name in self.identity if identity.get(name) != self.identity[name]]
+        if "settings" in different:
+            old, new = identity.get("settings") or {}, self.identity["settings"]
+            names = [name for name in new if old.get(name) != new[name]]
+            different += [f"{name}: {old.get(name)} there, {new[name]} now" for name in names[:3]]
+            different.remove("settings")
+        what = "; ".join(different)
+        remedy = "choose another --out, or replace it with --overwrite"
+        return f"{self.path}: holds a run that differs from this one ({what})\n{remedy}"
+
+
+def _step_of(line: str) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return 1 << 62  # torn by a kill

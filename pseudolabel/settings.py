@@ -1,0 +1,85 @@
+"""What decides a result, as validated values: the same fields serve flags, recipes and fingerprints. Needs no torch.
+
+Where and how fast (device, workers, engine) is not here: it doesn't change the result.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+class Settings(BaseModel):
+    """Frozen, and an unknown field is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class AnnotateSettings(Settings):
+    """Beside shard and teacher, what decides a part's bytes. `batch_size` may change the last bit of a logit, no
+    more.
+    """
+
+    encoding: str = Field("dense", description="dense, or topk:K: how logits are stored")
+    batch_size: int = Field(64, ge=1, description="samples per forward pass")
+    precision: Precision = Field("fp32", description="fp32, or autocast to bf16 or fp16")
+
+
+class AugmentSettings(Settings):
+    """How the student sees its training images."""
+
+    crop: Literal["pad", "resized", "none"] = Field(
+        "pad", description="pad: shift by up to an eighth; resized: random area; none"
+    )
+    flip: bool = Field(True, description="flip half of the images left to right")
+    randaugment: int = Field(0, ge=0, le=30, description="RandAugment magnitude, 0 is off")
+    erasing: Fraction = Field(0.0, description="share of images with a random rectangle erased")
+
+
+class TrainSettings(Settings):
+    """A student, its loss and its schedule."""
+
+    student: str = Field("small:resnet8?width=16", description="student spec")
+    image_size: int | None = Field(
+        None, ge=8, description="side of the student's input in pixels; 32 for small: students, 224 for others"
+    )
+    channels: Literal[1, 3] = Field(3, description="1 for grey, 3 for RGB")
+    steps: int | None = Field(None, ge=1, description="optimizer steps")
+    epochs: float | None = Field(
+        None, gt=0, description="passes over the pseudo-labeled rows (the labeled, if there are no others)"
+    )
+    batch_size: int = Field(256, ge=1, description="rows per step, labeled and pseudo-labeled together")
+    labeled_fraction: Fraction = Field(0.125, description="share of labeled rows in a batch")
+    loss: Literal["kd", "hard"] = Field(
+        "kd", description="kd: KL to the soft labels; hard: CE with the teacher's class"
+    )
+    alpha: Fraction = Field(0.9, description="weight of the soft labels against the labels")
+    temperature: Positive = Field(2.0, description="temperature of the soft labels")
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="adamw, or sgd with Nesterov momentum 0.9")
+    lr: Positive = Field(2e-3, description="peak learning rate")
+    weight_decay: float = Field(0.05, ge=0, description="decoupled for adamw; not applied to norms and biases")
+    warmup_fraction: Fraction = Field(0.05, description="share of the steps with linear warm-up; then cosine to 0")
+    clip_norm: float = Field(5.0, ge=0, description="gradient norm limit, 0 is off")
+    ema: float = Field(0.99, ge=0, lt=1, description="decay of the averaged weights that are kept, 0 is off")
+    precision: Precision = Field("fp32", description="fp32, or autocast to bf16 or fp16")
+    augment: AugmentSettings = AugmentSettings()
+    eval_every: int | None = Field(
+        None, ge=1, description="steps between validations; a tenth of the steps if not given"
+    )
+    seed: int = Field(0, ge=0, description="decides initial weights, order and augmentation")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainSettings:
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("give steps or epochs, not both")
+        return self
+
+    @property
+    def input_size(self) -> int:
+        """`image_size`, or the usual one for the student's kind."""
+        return self.image_size or (32 if self.student.startswith("small:") else 224)

@@ -1,0 +1,72 @@
+"""Specs as URIs: `scheme:name?arg=value&arg=value`, as teachers and students are named on the command line.
+
+>>> parse("small:resnet8?width=16")
+Spec(scheme='small', name='resnet8', args=(('width', 16),))
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import parse_qsl
+
+from pseudolabel.errors import SpecError
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A parsed URI. `args` keep their order; numbers and true/false are converted."""
+
+    scheme: str
+    name: str
+    args: tuple[tuple[str, Any], ...] = ()
+
+    def __str__(self) -> str:
+        query = "&".join(f"{key}={value}" for key, value in self.args)
+        return f"{self.scheme}:{self.name}" + (f"?{query}" if query else "")
+
+    def only(self, allowed: Iterable[str]) -> dict[str, Any]:
+        """The arguments as a dict. Raises `SpecError` for one that isn't `allowed`, naming the nearest that is."""
+        allowed = list(allowed)
+        for key, _ in self.args:
+            if key not in allowed:
+                raise SpecError(
+                    f"{self}: unknown argument {key!r}{nearest(key, allowed)}; it takes {', '.join(allowed) or 'none'}"
+                )
+        return dict(self.args)
+
+
+def parse(text: str) -> Spec:
+    """Split a URI. Raises `SpecError` if it has no scheme or no name."""
+    scheme, colon, rest = text.partition(":")
+    name, _, query = rest.partition("?")
+    if not colon or not scheme or not name:
+        raise SpecError(
+            f"{text!r} is not a spec; write scheme:name?arg=value, such as torchvision:resnet50?weights=IMAGENET1K_V2"
+        )
+    try:
+        pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=True) if query else []
+    except ValueError as error:
+        raise SpecError(f"{text!r}: can't read the arguments after '?' ({error}); write arg=value&arg=value") from error
+    if len(dict(pairs)) != len(pairs):
+        raise SpecError(f"{text!r}: an argument is given twice")
+    return Spec(scheme, name, tuple((key, _value(value)) for key, value in pairs))
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """` (did you mean 'x'?)` for the closest of `known`, or nothing."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _value(text: str) -> Any:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text

@@ -1,0 +1,120 @@
+"""Where files live: local paths today, behind the few verbs that an object store can offer too.
+
+Writing is atomic and durable: a temporary file beside the target, fsync, rename, fsync of the directory. A reader sees
+the old file, the new one, or none. A killed writer leaves its temporary file behind; it holds a lock that dies with
+it, so the next writer can tell a stale temporary from one in use (`remove_stale`).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pseudolabel.errors import StorageError
+
+_TEMPORARY = ".tmp-"
+
+
+def local_path(location: str | os.PathLike[str]) -> Path:
+    """The local path of `location`.
+
+    Raises:
+        StorageError: `location` is a URL of an object store, which this version doesn't read or write.
+    """
+    text = os.fspath(location)
+    scheme, separator, rest = text.partition("://")
+    if not separator:
+        return Path(text)
+    if scheme == "file":
+        return Path(rest)
+    raise StorageError(f"{text}: only local paths work in this version; copy the files here or mount the bucket")
+
+
+@contextmanager
+def explain_os_errors(path: Path, doing: str) -> Iterator[None]:
+    """Turn an `OSError` of the body into a `StorageError` that names the place, the cause and the remedy."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise StorageError(f"{doing} {path} failed: {reason}\n{_remedy(error)}") from error
+
+
+def _remedy(error: OSError) -> str:
+    import errno
+
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "free some space there and run the same command again; finished work is kept"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "choose a place you may write to, or change its permissions"
+    if error.errno == errno.ENOENT:
+        return "check the path"
+    return "check the disk, then run the same command again; finished work is kept"
+
+
+@contextmanager
+def atomic_file(target: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `target`; on success it becomes `target`, on an exception it is removed.
+
+    Raises:
+        StorageError: the directory can't be written, the disk is full.
+    """
+    with explain_os_errors(target, "writing"):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary, descriptor = _locked_temporary(target)
+        try:
+            yield temporary
+            with open(temporary, "rb") as written:  # a writer may have replaced the inode we hold
+                os.fsync(written.fileno())
+            os.replace(temporary, target)
+            _sync_directory(target.parent)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        finally:
+            os.close(descriptor)
+
+
+def write_atomic(target: Path, data: bytes | str) -> None:
+    """Write `data` (text as UTF-8) to `target`, whole or not at all. Raises `StorageError`."""
+    with atomic_file(target) as temporary:
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def remove_stale(directory: Path) -> None:
+    """Delete temporary files in `directory` whose writer is gone; those of living writers stay."""
+    for path in directory.glob(f".*{_TEMPORARY}*"):
+        try:
+            descriptor = os.open(path, os.O_RDWR)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink(missing_ok=True)
+        except OSError:
+            pass  # its writer lives, or it is not ours to delete
+        finally:
+            os.close(descriptor)
+
+
+def _locked_temporary(target: Path) -> tuple[Path, int]:
+    while True:
+        temporary = target.with_name(f".{target.name}{_TEMPORARY}{secrets.token_hex(6)}")
+        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        # Between creation and lock another process may have taken it for stale and deleted it.
+        if temporary.exists():
+            return temporary, descriptor
+        os.close(descriptor)
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

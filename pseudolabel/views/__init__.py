@@ -1,0 +1,1 @@
+"""From bytes to model input: one file per modality."""

@@ -1,0 +1,175 @@
+"""Images: bytes → uint8 tensor → the fixed-size uint8 input of a model; normalisation happens on the device.
+
+8-bit grey or RGB JPEG and PNG go through torchvision's decoder, all else through Pillow: CMYK, palette and alpha
+become RGB, 16 bits become the upper 8, an animation is its first frame. EXIF orientation is not applied, as in the
+usual ImageNet pipelines. Resizing and cropping equal torchvision's `ImageClassification` preset on a uint8 tensor.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+from pseudolabel.shards import IMAGE_FIELDS
+
+MAX_PIXELS = 1 << 27
+"""Larger images are refused before they are decoded: a few kilobytes can unpack to gigabytes."""
+
+_PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+# Pillow warns at its own, lower limit; ours is checked from the header before any pixel is decoded.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+class UndecodableImage(ValueError):
+    """These bytes are no image that can be used; the message says why."""
+
+
+def image_field(names: Iterable[str]) -> str:
+    """Which of a sample's fields is its image. Raises `UndecodableImage` if none or several could be."""
+    names = list(names)
+    found = [name for name in names if name in IMAGE_FIELDS]
+    if len(found) != 1:
+        what = "several image fields" if found else "no image field"
+        raise UndecodableImage(
+            f"{what} among {', '.join(sorted(names)) or 'no fields'}; one of {'/'.join(IMAGE_FIELDS)} is wanted"
+        )
+    return found[0]
+
+
+def decode(data: bytes) -> Tensor:
+    """Decode an image to uint8 of shape (1, H, W) if it is grey, else (3, H, W).
+
+    Raises:
+        UndecodableImage: empty, truncated, not an image, more than `MAX_PIXELS` pixels.
+    """
+    if not data:
+        raise UndecodableImage("the file is empty (0 bytes)")
+    try:
+        if data[:8] == _PNG_MAGIC and len(data) >= 26:
+            width, height, depth, colour = struct.unpack(">IIBB", data[16:26])
+            _check_pixels(width, height)
+            if depth == 8 and colour in (0, 2):
+                return _decode_fast(data, grey=colour == 0)
+        with Image.open(io.BytesIO(data)) as image:
+            _check_pixels(*image.size)
+            if image.format == "JPEG" and image.mode in ("L", "RGB"):
+                return _decode_fast(data, grey=image.mode == "L")
+            return _decode_any(image)
+    except UndecodableImage:
+        raise
+    except (MemoryError, KeyboardInterrupt):
+        raise
+    except Exception as error:  # decoders raise whatever they like on hostile bytes; every kind becomes a named reject
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UndecodableImage(text.replace("<_io.BytesIO object at ", "<bytes ").split(" at 0x")[0]) from error
+
+
+def _check_pixels(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise UndecodableImage(f"{width}x{height} pixels, more than {MAX_PIXELS}: refused as a decompression bomb")
+
+
+def _decode_fast(data: bytes, *, grey: bool) -> Tensor:
+    buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    image_CHW: Tensor = decode_image(buffer, mode=ImageReadMode.GRAY if grey else ImageReadMode.RGB)
+    return image_CHW
+
+
+def _decode_any(image: Image.Image) -> Tensor:
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        values = np.asarray(image)
+        if values.dtype.kind == "f":
+            raise UndecodableImage("floating-point pixels, whose range is unknown")
+        return torch.from_numpy((values >> 8).clip(0, 255).astype(np.uint8))[None]
+    if image.mode in ("1", "L", "LA"):
+        return torch.from_numpy(np.array(image.convert("L")))[None]
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How a model wants its images.
+
+    The shorter side becomes `resize` pixels, the centre `crop` × `crop` is kept, pixels/255 are normalised by `mean`
+    and `std` (one value per channel).
+    """
+
+    resize: int
+    crop: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str = "bilinear"
+
+    @property
+    def channels(self) -> int:
+        return len(self.mean)
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Preprocessing:
+        """Inverse of `to_json`. Raises `KeyError`, `TypeError` or `ValueError` on anything else."""
+        mean, std = (tuple(float(value) for value in data[name]) for name in ("mean", "std"))
+        made = cls(int(data["resize"]), int(data["crop"]), mean, std, str(data.get("interpolation", "bilinear")))
+        if len(mean) not in (1, 3) or len(std) != len(mean) or made.crop < 1 or made.resize < 1 or min(std) <= 0:
+            raise ValueError(f"preprocessing {dict(data)} makes no sense")
+        InterpolationMode(made.interpolation)
+        return made
+
+    def prepare(self, image_CHW: Tensor) -> Tensor:
+        """The clean view as uint8 of shape (channels, crop, crop). Raises `UndecodableImage` for absurdly long
+        images.
+        """
+        image_CHW = to_channels(image_CHW, self.channels)
+        height, width = image_CHW.shape[-2:]
+        if max(height, width) * self.resize**2 > MAX_PIXELS * min(height, width):
+            raise UndecodableImage(f"{width}x{height} pixels: too long and thin to resize to {self.resize}")
+        if min(height, width) != self.resize:
+            image_CHW = F.resize(
+                image_CHW, [self.resize], interpolation=InterpolationMode(self.interpolation), antialias=True
+            )
+        if image_CHW.shape[-2:] != (self.crop, self.crop):
+            image_CHW = F.center_crop(image_CHW, [self.crop, self.crop])
+        return image_CHW
+
+
+def square(size: int, channels: int) -> Preprocessing:
+    """Shorter side to `size`, centre crop, pixels to [-1, 1]: the default where a model has no preprocessing of its
+    own.
+    """
+    return Preprocessing(size, size, (0.5,) * channels, (0.5,) * channels)
+
+
+def to_channels(image_CHW: Tensor, channels: int) -> Tensor:
+    """Grey ↔ RGB where the model wants the other."""
+    if image_CHW.shape[0] == channels:
+        return image_CHW
+    return F.rgb_to_grayscale(image_CHW) if channels == 1 else image_CHW.expand(3, -1, -1)
+
+
+class Normalize(nn.Module):
+    """uint8 batch → float batch, on the device: (pixel/255 − mean) / std."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, preprocessing: Preprocessing) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(preprocessing.mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(preprocessing.std).view(1, -1, 1, 1), persistent=False)
+
+    def forward(self, pixels_BCHW: Tensor) -> Tensor:
+        return (pixels_BCHW.float() / 255 - self.mean) / self.std
