@@ -6,6 +6,7 @@ one safetensors file whose header carries the JSON; it replaces the last one ato
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,11 +20,12 @@ from torch import Tensor, nn
 
 from pseudolabel import storage
 from pseudolabel.classifier import Classifier, make_classifier, weights_sha256
-from pseudolabel.errors import DamagedModel
+from pseudolabel.errors import DamagedModel, SpecError
 from pseudolabel.students import build_student
 from pseudolabel.views.image import Preprocessing
 
 FORMAT_VERSION = 1
+_CARD_KEYS = {"format_version", "student", "classes", "preprocessing", "parameters", "weights_sha256"}
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,20 @@ class ModelCard:
     preprocessing: Preprocessing
 
     def build(self) -> nn.Module:
-        """The untrained model. Raises `SpecError`."""
-        return build_student(self.student, num_classes=len(self.classes), channels=self.preprocessing.channels)
+        """The untrained model. Raises `SpecError`, also if it doesn't take these images or give these classes."""
+        body = build_student(self.student, num_classes=len(self.classes), channels=self.preprocessing.channels)
+        shape = (2, self.preprocessing.channels, self.preprocessing.crop, self.preprocessing.crop)
+        body.eval()
+        try:
+            with torch.no_grad():
+                logits_BC = body(torch.zeros(shape))
+        except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+            why = (str(error) or type(error).__name__).splitlines()[0]
+            raise SpecError(f"{self.student}: it fails on an input of shape {shape}: {why}") from error
+        found = tuple(logits_BC.shape) if isinstance(logits_BC, Tensor) else type(logits_BC).__name__
+        if found != (2, len(self.classes)):
+            raise SpecError(f"{self.student}: it must give logits of shape (2, {len(self.classes)}), it gave {found}")
+        return body.train()
 
 
 def save_model(directory: Path, card: ModelCard, body: nn.Module) -> None:
@@ -51,6 +65,7 @@ def save_model(directory: Path, card: ModelCard, body: nn.Module) -> None:
         "parameters": sum(parameter.numel() for parameter in body.parameters()),
         "weights_sha256": weights_sha256(body),
     }
+    content["card_sha256"] = _card_sha256(content)
     storage.write_atomic(directory / "model.json", json.dumps(content, indent=1) + "\n")
 
 
@@ -68,9 +83,18 @@ def read_card(directory: Path) -> tuple[ModelCard, str]:
         )
         if data["format_version"] != FORMAT_VERSION:
             raise ValueError(f"format version {data['format_version']}, this version reads {FORMAT_VERSION}")
+        # a card without the hash is an older one; with it, any edit shows
+        wanted = _card_sha256(data)
+        if data.keys() - {"card_sha256"} != _CARD_KEYS or data.get("card_sha256", wanted) != wanted:
+            raise ValueError("it was edited: it no longer fits the hash in it")
         return card, str(data["weights_sha256"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DamagedModel(f"{path}: can't be read ({error}); train again or restore it from a copy") from error
+
+
+def _card_sha256(content: Mapping[str, Any]) -> str:
+    facts = {name: value for name, value in content.items() if name != "card_sha256"}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def load_weights(directory: Path, body: nn.Module, sha256: str | None = None) -> None:

@@ -6,6 +6,7 @@ With `--json` stdout carries one JSON object and nothing else; what people read 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -49,8 +50,12 @@ def main() -> None:
     except Exception as error:
         if not hasattr(error, "format_message"):  # a usage error of typer's, whichever click it brings
             raise
-        print(json.dumps({"error": {"kind": "UsageError", "message": error.format_message()}}))
+        _print_error("UsageError", error.format_message())
         sys.exit(2)
+
+
+def _print_error(kind: str, message: str) -> None:
+    print(json.dumps({"error": {"kind": kind, "message": message}}))
 
 
 def _command(function: Callable[..., Mapping[str, Any] | None]) -> Callable[..., None]:
@@ -62,15 +67,20 @@ def _command(function: Callable[..., Mapping[str, Any] | None]) -> Callable[...,
     def wrapped(*args: Any, **kwargs: Any) -> None:
         as_json = bool(kwargs.get("as_json"))
         try:
-            result = function(*args, **kwargs)
+            # a library or a user's own teacher may print, too
+            with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+                result = function(*args, **kwargs)
         except PseudolabelError as error:
             if as_json:
-                print(json.dumps({"error": {"kind": error.kind, "message": str(error)}}))
+                _print_error(error.kind, str(error))
             else:
                 print(f"error: {error}", file=sys.stderr)
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
-            print("interrupted; the same command goes on from here", file=sys.stderr)
+            message = "interrupted; the same command goes on from here"
+            print(message, file=sys.stderr)
+            if as_json:
+                _print_error("Interrupted", message)
             raise typer.Exit(130) from None
         failed = bool(result and result.get("ok") is False)
         if as_json and result is not None:
@@ -107,7 +117,7 @@ def pack(
     ] = None,
     val_fraction: Annotated[float, typer.Option(help="share of each class for val/")] = 0.0,
     test_fraction: Annotated[float, typer.Option(help="share of each class for test/")] = 0.0,
-    seed: Annotated[int, typer.Option(help="decides the split and the order")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="decides the split and the order")] = 0,
     samples_per_shard: Annotated[int, typer.Option(min=1, help="samples in a shard")] = 1000,
     name: Annotated[str, typer.Option(help="prefix of the shards' names, which must be unique in a corpus")] = "",
     image_column: Annotated[str | None, typer.Option(help="column of image paths or bytes")] = None,
@@ -155,7 +165,7 @@ def annotate(
 ) -> Mapping[str, Any]:
     """Run a teacher over shards and keep its soft labels. Run it again to go on where it stopped."""
     from pseudolabel.annotate import annotate
-    from pseudolabel.engines.local import LocalEngine
+    from pseudolabel.engines.local import LocalEngine, resolve_device
     from pseudolabel.recipe import validate
     from pseudolabel.shards import list_shards, slice_shards
     from pseudolabel.teachers import parse_teachers
@@ -164,13 +174,14 @@ def annotate(
         AnnotateSettings, {"encoding": encoding, "batch_size": batch_size, "precision": precision}, "annotate"
     )
     listed = slice_shards(list_shards(shards), part_of)
+    engine = LocalEngine(resolve_device(device), workers)
     with Display() as display:
         display.begin_annotating(listed)
         result = annotate(
             listed,
             parse_teachers(teacher),
             out,
-            engine=LocalEngine(device, workers),
+            engine=engine,
             settings=settings,
             max_reject_fraction=max_reject_fraction,
             on_progress=display.annotating,
@@ -296,12 +307,11 @@ def _train_settings(recipe: Path | None, given: Mapping[str, Any]) -> TrainSetti
     tables: dict[str, Any] = {}
     if recipe is not None:
         tables = read_tables(recipe).get("train", {})
-        if not tables:
+        if not tables or not isinstance(tables, dict):
             raise RecipeError(f"{recipe}: has no [train] table")
-    augment = {
-        **tables.get("augment", {}),
-        **{name: given[name] for name in AugmentSettings.model_fields if name in given},
-    }
+    augment = tables.get("augment", {})
+    if isinstance(augment, dict):
+        augment = {**augment, **{name: given[name] for name in AugmentSettings.model_fields if name in given}}
     flags = {name: given[name] for name in TrainSettings.model_fields if name in given}
     if "steps" in flags or "epochs" in flags:  # one flag of the pair replaces the recipe's other
         tables = {name: value for name, value in tables.items() if name not in ("steps", "epochs")}

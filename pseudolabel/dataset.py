@@ -1,7 +1,6 @@
 """Training batches: labeled rows, and unlabeled rows joined to their cached soft labels.
 
-Joining is checked, not hoped for: a shard must hash to what was annotated, and its keys must equal the part's row by
-row. A batch is a pure function of its step, so any process can make any batch, and a resumed run sees what an
+A batch is a pure function of its step, so any process can make any batch, and a resumed run sees what an
 undisturbed one would have seen.
 """
 
@@ -9,7 +8,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,27 +18,17 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
-from pseudolabel.errors import LabelError, StoreMismatch
+from pseudolabel.errors import LabelError
+from pseudolabel.inputs import TrainingData, TrainingShard, join, read_label
 from pseudolabel.labels.encodings import StoredTargets, parse_encoding
-from pseudolabel.labels.schema import PartInfo
 from pseudolabel.labels.store import Store
 from pseudolabel.losses import NO_LABEL
 from pseudolabel.order import WINDOW_SHARDS, RowOrder
 from pseudolabel.settings import AugmentSettings
-from pseudolabel.shards import Shard, ShardFile
+from pseudolabel.shards import ShardFile
 from pseudolabel.views.image import Preprocessing, UndecodableImage, decode, image_field, to_channels
 
 _OPEN_SHARDS = 2 * WINDOW_SHARDS
-
-
-@dataclass(frozen=True)
-class TrainingShard:
-    """A shard as training uses it: which samples, and its content's hash. `part` is set if soft labels are joined."""
-
-    shard: Shard
-    sha256: str
-    rows: int
-    part: PartInfo | None = None
 
 
 @dataclass(frozen=True)
@@ -59,91 +47,6 @@ class Batch:
             self.targets.to(device) if self.targets is not None else None,
             self.soft_weight_B.to(device, non_blocking=True) if self.soft_weight_B is not None else None,
         )
-
-
-def read_label(opened: ShardFile, index: int, num_classes: int | None = None) -> int:
-    """A labeled sample's class. Raises `LabelError` if it has none, or one that is no class number or out of range."""
-    where = f"{opened.shard.path}: sample {opened.keys[index]!r}"
-    if "cls" not in opened.field_names(index):
-        raise LabelError(
-            f"{where} has no label (no `cls` file); pack the labeled set with labels, or pass it as --unlabeled"
-        )
-    text = opened.read(index, "cls").decode(errors="replace").strip()
-    if not (text.isascii() and text.isdecimal()) or int(text) >= 1 << 31:
-        raise LabelError(f"{where}: its label is {text[:40]!r}; a class number from 0 is wanted")
-    if num_classes is not None and int(text) >= num_classes:
-        raise LabelError(
-            f"{where}: its label is {text}, but there are {num_classes} classes (0 to "
-            f"{num_classes - 1}); mend the label or --num-classes"
-        )
-    return int(text)
-
-
-def check_labeled(shards: Sequence[Shard], num_classes: int | None) -> tuple[list[TrainingShard], int]:
-    """Read every label of a labeled set. Returns the shards and 1 + the largest label. Raises `LabelError`,
-    `DamagedShard`.
-    """
-
-    def check(shard: Shard) -> tuple[TrainingShard, int]:
-        with ShardFile(shard) as opened:
-            largest = max(read_label(opened, index, num_classes) for index in range(len(opened)))
-            return TrainingShard(shard, opened.sha256(), len(opened)), largest
-
-    with ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(check, shards))
-    return [one for one, _ in found], 1 + max(largest for _, largest in found)
-
-
-def check_annotated(shards: Sequence[Shard], store: Store) -> list[TrainingShard]:
-    """Compare every shard with what was annotated, content and all.
-
-    Raises:
-        StoreMismatch: a shard has no part, or another content than when it was annotated.
-    """
-
-    def check(shard: Shard) -> TrainingShard:
-        if not store.part_path(shard.name).exists():
-            raise StoreMismatch(
-                f"{shard.path}: not annotated in {store.root}; run `pseudolabel annotate` on these "
-                "shards into this store first"
-            )
-        info = store.info(shard.name)
-        with ShardFile(shard) as opened:
-            sha256 = opened.sha256()
-            if sha256 != info.sha256 or len(opened) != info.samples:
-                raise StoreMismatch(
-                    f"{shard.path}: its content is not what was annotated (sha256 {sha256[:12]}, "
-                    f"{len(opened)} samples; "
-                    f"annotated {info.sha256[:12]}, {info.samples})\nput the old shard back, or "
-                    f"delete {store.part_path(shard.name)} and annotate again"
-                )
-        return TrainingShard(shard, sha256, info.samples - info.rejects, info)
-
-    with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(check, shards))
-
-
-def join(opened: ShardFile, part: pa.Table, rejects: pa.Table) -> list[int]:
-    """The positions in the shard of a part's rows; keys are compared one by one, the rejects' too.
-
-    Raises:
-        StoreMismatch: a key differs, a sample is in neither or in both.
-    """
-    positions: list[int] = part["index"].to_pylist()
-    rejected: list[int] = rejects["index"].to_pylist()
-    pairs = list(zip(positions + rejected, part["key"].to_pylist() + rejects["key"].to_pylist(), strict=True))
-    if sorted(index for index, _ in pairs) != list(range(len(opened))):
-        raise StoreMismatch(
-            f"{opened.shard.path}: the store has {len(pairs)} rows and rejects for {len(opened)} "
-            "samples; annotate this shard again"
-        )
-    for index, key in pairs:
-        if opened.keys[index] != key:
-            raise StoreMismatch(
-                f"{opened.shard.path}: sample {index} is {opened.keys[index]!r}, the store's label is of {key!r}\n"
-                "these labels are of another shard: use the store that was made from these shards"
-            )
-    return positions
 
 
 class _OpenShard:
@@ -221,18 +124,6 @@ class _Rows:
         while len(self._open) > _OPEN_SHARDS:
             self._open.popitem(last=False)[1].file.close()
         return opened
-
-
-@dataclass(frozen=True)
-class TrainingData:
-    """Where batches come from. `store` holds the soft labels of `unlabeled`, and those of `labeled` if these were
-    annotated too.
-    """
-
-    labeled: Sequence[TrainingShard]
-    unlabeled: Sequence[TrainingShard]
-    store: Store | None
-    num_classes: int
 
 
 class TrainingBatches(Dataset[Batch]):

@@ -45,7 +45,7 @@ def load_demo_recipe(directory: Path, recipe: str, overrides: tuple[str, ...] = 
 
 
 def pack_bundled(shards: Path) -> None:
-    """500 labeled, 12,000 unlabeled, 1,000 validation and 4,000 test images, the same bytes every time."""
+    """500 labeled, 12,000 unlabeled, 1,000 validation and 3,500 test images, the same bytes every time."""
     if shards.exists():
         marker = shards / "dataset.json"
         if not marker.exists() or "bundled" not in json.loads(marker.read_text()):

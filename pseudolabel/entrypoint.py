@@ -16,7 +16,7 @@ from pseudolabel.specs import Spec
 def call_entry_point(spec: Spec, **more: Any) -> nn.Module:
     """Import `module:function` and call it. Raises `SpecError` if it isn't there or returns no `nn.Module`."""
     module_name, colon, function_name = spec.name.partition(":")
-    if not colon:
+    if not all((colon, module_name, function_name)) or module_name.startswith("."):
         raise SpecError(f"{spec}: write python:package.module:function")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from pseudolabel.checkpoint import load_model
-from pseudolabel.dataset import check_annotated, check_labeled
 from pseudolabel.errors import StoreMismatch
+from pseudolabel.inputs import check_annotated, check_labeled
 from pseudolabel.labels.store import Store
 from pseudolabel.shards import Shard
 from pseudolabel.validate import labeled_batches
@@ -58,6 +58,11 @@ def evaluate(
 
     classifier = load_model(Path(model), torch.device(device))
     num_classes = len(classifier.classes)
+    if store is not None and store.identity.num_classes != num_classes:
+        raise StoreMismatch(
+            f"{store.root}: its labels have {store.identity.num_classes} classes, the model has {num_classes}; "
+            "use a store of the same classes"
+        )
     check_labeled(shards, num_classes)
     calibration = MulticlassCalibrationError(num_classes, n_bins=ECE_BINS, norm="l1", validate_args=False)
     confusion = MulticlassConfusionMatrix(num_classes, validate_args=False)
@@ -87,16 +92,12 @@ def evaluate(
         classes=classifier.classes,
         per_class=tuple(per_class),
         confusion=tuple(tuple(row) for row in counts_CC.tolist()),
-        agreement=_agreement(torch.cat(predictions), shards, store, num_classes) if store is not None else None,
+        agreement=_agreement(torch.cat(predictions), shards, store) if store is not None else None,
     )
 
 
-def _agreement(predicted_N: Tensor, shards: Sequence[Shard], store: Store, num_classes: int) -> float:
+def _agreement(predicted_N: Tensor, shards: Sequence[Shard], store: Store) -> float:
     """Share of the store's rows (of these shards) whose class the model predicts, too."""
-    if store.identity.num_classes != num_classes:
-        raise StoreMismatch(
-            f"{store.root}: its labels have {store.identity.num_classes} classes, the model has {num_classes}"
-        )
     same = rows = start = 0
     for checked in check_annotated(shards, store):
         part = store.read(checked.shard.name, ["index", "pred"])

@@ -40,7 +40,7 @@ class LoadedTeacher(Protocol):
         ...
 
     def prepare(self, image_CHW: Tensor) -> tuple[Tensor, ...]:
-        """Turn one decoded image (uint8, 1 or 3 channels) into uint8 inputs of fixed shape. Runs on decoding threads."""
+        """One decoded image (uint8, 1 or 3 channels) → uint8 inputs of fixed shape. Runs on decoding threads."""
         ...
 
     def logits(self, inputs: tuple[Tensor, ...]) -> Tensor:

@@ -22,6 +22,8 @@ from pseudolabel.settings import AnnotateSettings, Fraction, Settings, TrainSett
 
 Model = TypeVar("Model", bound=BaseModel)
 Shards = str | tuple[str, ...]
+_UNION_TAGS = ("str", "tuple[str, ...]")  # what pydantic adds to the place of an error in `Shards`
+_MESSAGES = {"tuple_type": "Input should be a list", "model_type": "Input should be a table"}
 
 
 class DataSettings(Settings):
@@ -113,14 +115,15 @@ def _override(tables: dict[str, Any], text: str) -> None:
 
 
 def _explain(kind: type[BaseModel], error: dict[str, Any]) -> str:
-    path = [str(part) for part in error["loc"]]
+    added = _UNION_TAGS if error["type"] != "extra_forbidden" else ()
+    path = [str(part) for part in error["loc"] if part not in added]
     name = ".".join(path) or "recipe"
     if error["type"] == "extra_forbidden":
         known = _fields_at(kind, path[:-1])
         return f"unknown key {name!r}{specs.nearest(path[-1], known)}; known are {', '.join(known)}"
     if error["type"] == "missing":
         return f"{name!r} is missing"
-    message = str(error["msg"]).removeprefix("Value error, ")
+    message = _MESSAGES.get(error["type"], str(error["msg"]).removeprefix("Value error, "))
     return f"{name}: {message}" + (
         "" if isinstance(error["input"], dict) else f" (it is {json.dumps(error['input'], default=str)})"
     )

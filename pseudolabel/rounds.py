@@ -131,6 +131,7 @@ class _Pipeline:
 
     def claim(self) -> None:
         """Write the recipe, or find it. Raises `OutputExists` for another one."""
+        storage.remove_stale(self.out)
         path = self.out / "recipe.toml"
         text = tomli_w.dumps(self.recipe.model_dump(mode="json", exclude_none=True))
         if path.exists():
@@ -200,11 +201,6 @@ class _Pipeline:
 
     def _train(self, settings: TrainSettings, directory: Path, *, control: bool = False) -> TrainResult:
         store = None if control else open_store(directory.parent / "store")
-        if store is not None and self.classes is not None and len(self.classes) != store.identity.num_classes:
-            raise RecipeError(
-                f"{self.recipe.data.classes}: names {len(self.classes)} classes, the teacher has "
-                f"{store.identity.num_classes}"
-            )
         return train(
             settings,
             directory,

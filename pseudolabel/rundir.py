@@ -48,8 +48,11 @@ class RunDirectory:
             OutputExists: something else is there.
         """
         marker = self.path / "run.json"
+        if self.path.exists() and not self.path.is_dir():
+            raise OutputExists(f"{self.path}: is a file; choose another --out")
         if overwrite:
-            self._clear()
+            with storage.explain_os_errors(self.path, "clearing"):
+                self._clear()
         if marker.exists():
             try:
                 found = json.loads(marker.read_text())
@@ -66,8 +69,6 @@ class RunDirectory:
             if self.path.is_dir()
             else []
         )
-        if self.path.exists() and not self.path.is_dir():
-            raise OutputExists(f"{self.path}: is a file; choose another --out")
         if strangers:
             raise OutputExists(
                 f"{self.path}: holds {sorted(strangers)[0]!r}, which is not of a training run; choose "

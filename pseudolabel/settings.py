@@ -15,9 +15,9 @@ Precision = Literal["fp32", "bf16", "fp16"]
 
 
 class Settings(BaseModel):
-    """Frozen, and an unknown field is an error."""
+    """Frozen; an unknown field is an error, and so are infinity and NaN."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 class AnnotateSettings(Settings):
@@ -71,7 +71,7 @@ class TrainSettings(Settings):
     eval_every: int | None = Field(
         None, ge=1, description="steps between validations; a tenth of the steps if not given"
     )
-    seed: int = Field(0, ge=0, description="decides initial weights, order and augmentation")
+    seed: int = Field(0, ge=0, lt=1 << 63, description="decides initial weights, order and augmentation")
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainSettings:

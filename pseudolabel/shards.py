@@ -74,6 +74,8 @@ def list_shards(spec: str | os.PathLike[str] | Iterable[str | os.PathLike[str]])
 
 
 def _expand(spec: str) -> list[str]:
+    if not spec:
+        raise ShardListError("an empty text names no shards; is a variable unset?")
     if spec.startswith("@"):
         listing = storage.local_path(spec[1:])
         try:
@@ -97,14 +99,17 @@ def _expand(spec: str) -> list[str]:
     if "{" in path:
         from braceexpand import braceexpand
 
-        found = [one for pattern in braceexpand(path) for one in (sorted(glob.glob(pattern)) or [pattern])]
+        try:
+            found = [one for pattern in braceexpand(path) for one in (sorted(glob.glob(pattern)) or [pattern])]
+        except ValueError as error:
+            raise ShardListError(f"{spec}: no such shard, and its braces don't match up; check the range") from error
         missing = [one for one in found if not os.path.exists(one)]
         if missing:
             raise ShardListError(
                 f"{spec}: {len(missing)} of {len(found)} shards are missing, the first is {missing[0]}"
             )
-        return found
-    found = [one for one in sorted(glob.glob(path, recursive=True)) if os.path.isfile(one)]
+        return [path for one in found for path in _expand(one)]
+    found = [one for one in sorted(glob.glob(path, recursive=True)) if not os.path.isdir(one)]
     if not found:
         raise ShardListError(f"{spec}: no such shard, and nothing matches it as a glob; check the path")
     return found
@@ -177,14 +182,20 @@ def write_shard(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) 
 
     Raises:
         StorageError: the place can't be written.
+        ValueError: a reader would skip or rename a field (a dot in the key, a leading underscore).
     """
     from webdataset.writer import TarWriter
 
-    with storage.atomic_file(path) as temporary, open(temporary, "wb") as file:
-        writer = TarWriter(file, user="root", group="root", mode=0o644, mtime=0, encoder=False)
+    with (
+        storage.atomic_file(path) as temporary,
+        open(temporary, "wb") as file,
+        TarWriter(file, user="root", group="root", mode=0o644, mtime=0, encoder=False) as writer,
+    ):
         for key, fields in samples:
+            for field in fields:
+                if field.startswith("_") or _split(f"{key}.{field}") != (key, field.lower()):
+                    raise ValueError(f"the field {field!r} of the key {key!r} would not read back under these names")
             writer.write({"__key__": key, **fields})
-        writer.close()
 
 
 def _damaged(shard: Shard, what: str, offset: int, samples: int) -> DamagedShard:
@@ -200,10 +211,10 @@ def _index(shard: Shard, data: mmap.mmap) -> tuple[list[str], list[dict[str, tup
     fields: list[dict[str, tuple[int, int]]] = []
     seen: set[str] = set()
     for name, header, start, size in _members(shard, data, keys):
-        match = None if _META.match(name) else _NAME.match(name)
-        if match is None:
+        split = _split(name)
+        if split is None:
             continue
-        key, field = match.group(1), match.group(2).lower()
+        key, field = split
         if keys and keys[-1] == key:
             if field in fields[-1]:
                 raise _damaged(shard, f"has two files {field!r} under the key {key!r}", header, len(keys) - 1)
@@ -221,11 +232,18 @@ def _index(shard: Shard, data: mmap.mmap) -> tuple[list[str], list[dict[str, tup
     return keys, fields
 
 
+def _split(name: str) -> tuple[str, str] | None:
+    """A member's key and field by webdataset's rule; None for what webdataset skips."""
+    match = None if _META.match(name) else _NAME.match(name)
+    return None if match is None else (match.group(1), match.group(2).lower())
+
+
 def _members(shard: Shard, data: mmap.mmap, keys: list[str]) -> Iterator[tuple[str, int, int, int]]:
     """Yield (name, header offset, data offset, size) of every regular file; check all that tar lets one check."""
     offset, end = 0, len(data)
     long_name: str | None = None
     pax: dict[str, str] = {}
+    kind = b""
 
     def damaged(what: str) -> DamagedShard:
         return _damaged(shard, what, offset, max(len(keys) - 1, 0))
@@ -233,10 +251,14 @@ def _members(shard: Shard, data: mmap.mmap, keys: list[str]) -> Iterator[tuple[s
     while True:
         header = data[offset : offset + BLOCK]
         if len(header) < BLOCK:
+            if offset == 0:
+                raise damaged(_looks_like(header))
             raise damaged(
                 "is truncated: the end-of-archive blocks are missing" if not header else "is truncated in a header"
             )
         if header.count(0) == BLOCK:
+            if kind in (b"x", b"L", b"K"):
+                raise damaged("ends after an extended header whose file is missing")
             _check_end(shard, data, offset, len(keys))
             return
         if not _checksum_fits(header):
@@ -247,7 +269,9 @@ def _members(shard: Shard, data: mmap.mmap, keys: list[str]) -> Iterator[tuple[s
         try:
             size = _number(header[124:136])
             name = long_name or pax.get("path") or _header_name(header)
-            size = int(pax.get("size", size))
+            size = _decimal(pax["size"]) if "size" in pax else size
+            if kind == b"5" or (kind == b"\0" and name.endswith("/")):
+                size = 0  # a folder has no data, whatever its header says
         except ValueError as error:
             raise damaged(f"has a header that can't be read ({error})") from error
         start = offset + BLOCK
@@ -302,7 +326,16 @@ def _number(field: bytes) -> int:
         if field[0] == 0xFF:
             raise ValueError("a negative number")
         return int.from_bytes(bytes([field[0] & 0x7F]) + field[1:], "big")
-    return int(field.rstrip(b"\0 ").strip() or b"0", 8)
+    digits = field.rstrip(b"\0 ").lstrip(b" ") or b"0"
+    if not digits.isdigit():  # int() would take a sign, too
+        raise ValueError(f"{digits!r} is no number")
+    return int(digits, 8)
+
+
+def _decimal(text: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise ValueError(f"{text!r} is no number")
+    return int(text)
 
 
 def _header_name(header: bytes) -> str:
@@ -318,15 +351,17 @@ def _pax_records(data: bytes, damaged: Callable[[str], DamagedShard]) -> dict[st
     try:
         while position < len(data) and data[position] != 0:
             space = data.index(b" ", position)
-            length = int(data[position:space])
+            length = _decimal(data[position:space].decode())
             name, _, value = data[space + 1 : position + length - 1].partition(b"=")
-            if length < 5 or position + length > len(data):
-                raise ValueError("length out of range")
+            if length < 5 or data[position + length - 1 : position + length] != b"\n":
+                raise ValueError("a record's length is wrong")
+            if name.startswith(b"GNU.sparse"):
+                raise ValueError("it announces a sparse file; only regular files are read")
             if name in (b"path", b"size"):
                 records[name.decode()] = value.decode()
             position += length
     except ValueError as error:
-        raise damaged(f"has a damaged PAX header ({error})") from error
+        raise damaged(f"has a PAX header that can't be read ({error})") from error
     return records
 
 

@@ -47,6 +47,7 @@ def parse(text: str) -> Spec:
             f"{text!r} is not a spec; write scheme:name?arg=value, such as torchvision:resnet50?weights=IMAGENET1K_V2"
         )
     try:
+        query = query.replace("+", "%2B")  # a plus in a path is a plus, not a space as in a form
         pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=True) if query else []
     except ValueError as error:
         raise SpecError(f"{text!r}: can't read the arguments after '?' ({error}); write arg=value&arg=value") from error

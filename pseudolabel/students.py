@@ -8,6 +8,8 @@ ResNets of He et al. (2015, arXiv:1512.03385, §4.2) with option-B shortcuts and
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -89,21 +91,27 @@ def _small(spec: Spec, num_classes: int, channels: int) -> nn.Module:
         )
     args = spec.only(("width", "stem_stride"))
     for name, value in args.items():
-        if not isinstance(value, int) or value < 1:
+        if type(value) is not int or value < 1:
             raise SpecError(f"{spec}: {name} must be a whole number above 0")
     return SmallResNet(_DEPTHS[spec.name], num_classes=num_classes, channels=channels, **args)
 
 
 def _torchvision(spec: Spec, num_classes: int, channels: int) -> nn.Module:
+    import torchvision.models
     from torchvision.models import get_model, list_models
 
-    known = list_models()
+    known = list_models(module=torchvision.models)
     if spec.name not in known:
-        raise SpecError(f"{spec}: torchvision has no model {spec.name!r}{specs.nearest(spec.name, known)}")
+        raise SpecError(f"{spec}: torchvision has no classifier {spec.name!r}{specs.nearest(spec.name, known)}")
     if channels != 3:
         raise SpecError(f"{spec}: torchvision's models take 3 channels; use --channels 3 (grey images are repeated)")
+    if "weights" in dict(spec.args):
+        raise SpecError(f"{spec}: a student starts untrained; leave weights= out")
+    options: dict[str, Any] = {"weights": None, **dict(spec.args)}
+    if spec.name in ("googlenet", "inception_v3"):  # in training, their auxiliary heads make them return tuples
+        options = {"aux_logits": False, "init_weights": True, **options}
     try:
-        model: nn.Module = get_model(spec.name, num_classes=num_classes, **{"weights": None, **dict(spec.args)})
-    except (TypeError, ValueError, KeyError) as error:
+        model: nn.Module = get_model(spec.name, num_classes=num_classes, **options)
+    except (TypeError, ValueError, KeyError, RuntimeError) as error:
         raise SpecError(f"{spec}: {error}") from error
     return model

@@ -25,8 +25,9 @@ from torch.utils.data import DataLoader
 
 from pseudolabel import storage
 from pseudolabel.checkpoint import ModelCard, flatten_optimizer, load_state, restore_optimizer, save_model, save_state
-from pseudolabel.dataset import Batch, TrainingBatches, TrainingData, TrainingShard, check_annotated, check_labeled
-from pseudolabel.errors import Diverged, LabelError, OutputExists, SpecError, StoreMismatch
+from pseudolabel.dataset import Batch, TrainingBatches
+from pseudolabel.errors import Diverged, SpecError
+from pseudolabel.inputs import TrainingData, TrainingShard, gather
 from pseudolabel.labels.store import Store
 from pseudolabel.losses import Mixture
 from pseudolabel.optim import learning_rate, make_average, make_optimizer
@@ -106,43 +107,6 @@ def train(
     result = TrainResult(str(out), steps, seconds, accuracy, best_step, parameters)
     run.finish({"result": dataclasses.asdict(result), "metrics": {"val_accuracy": accuracy}})
     return result
-
-
-def gather(
-    labeled: Sequence[Shard],
-    unlabeled: Sequence[Shard],
-    store: Store | None,
-    classes: Sequence[str] | None,
-    num_classes: int | None,
-) -> tuple[TrainingData, tuple[str, ...]]:
-    """Check all inputs against each other; returns what to train on and the class names."""
-    if not labeled and not unlabeled:
-        raise LabelError("nothing to train on: give --labeled, or --unlabeled with --labels, or both")
-    if unlabeled and store is None:
-        raise LabelError("unlabeled shards need soft labels: annotate them and pass the store as --labels")
-    if store is not None and not unlabeled:
-        raise LabelError("a store of soft labels needs the shards it was made from: pass them as --unlabeled")
-    if store is not None:
-        wanted = len(classes) if classes is not None else num_classes
-        if wanted not in (None, store.identity.num_classes):
-            raise StoreMismatch(
-                f"{store.root}: its teacher has {store.identity.num_classes} classes, {wanted} are "
-                "asked for; use a teacher of the same classes"
-            )
-        classes = store.identity.classes
-    bound = len(classes) if classes is not None else num_classes
-    checked, largest = check_labeled(labeled, bound) if labeled else ([], 0)
-    bound = bound or largest
-    soft: list[TrainingShard] = check_annotated(unlabeled, store) if store is not None else []
-    if store is not None and labeled and all(store.part_path(shard.name).exists() for shard in labeled):
-        checked = check_annotated(labeled, store)
-    clash = {shard.name for shard in labeled} & {shard.name for shard in unlabeled}
-    if clash:
-        raise LabelError(f"shard {sorted(clash)[0]!r} is given both as --labeled and as --unlabeled; give it once")
-    if sum(one.rows for one in (*checked, *soft)) == 0:
-        raise LabelError("nothing to train on: the store has no rows for these shards (all were rejected)")
-    names = tuple(classes) if classes is not None else tuple(str(index) for index in range(bound))
-    return TrainingData(checked, soft, store, bound), names
 
 
 def preprocessing_of(settings: TrainSettings) -> Preprocessing:
@@ -359,6 +323,3 @@ class _Loop:
         if "cuda" in groups["rng"] and self._device.type == "cuda":
             torch.cuda.set_rng_state(groups["rng"]["cuda"], self._device)
         self._run.cut_log(int(self._facts["step"]))
-
-
-__all__ = ["OutputExists", "TrainProgress", "TrainResult", "train"]

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from pseudolabel.dataset import check_labeled
 from pseudolabel.decoding import ShardEnd, ahead, decode_shards
 from pseudolabel.errors import DamagedShard, LabelError
+from pseudolabel.inputs import check_labeled
 from pseudolabel.shards import Shard
 from pseudolabel.views.image import Preprocessing
 

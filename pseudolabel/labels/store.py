@@ -145,8 +145,8 @@ def create(root: str | Path, identity: StoreIdentity) -> Store:
             + "\n".join(_differences(found.identity.to_json(), identity.to_json())[:3])
             + "\nuse the same settings to go on with it, or another --out"
         )
-    for directory in ("parts", "rejects"):
-        storage.remove_stale(store.root / directory)
+    for directory in (store.root, store.root / "parts", store.root / "rejects"):
+        storage.remove_stale(directory)
     return found
 
 

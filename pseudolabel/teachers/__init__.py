@@ -5,6 +5,7 @@ here.
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Sequence
 
 from pseudolabel import specs
@@ -36,8 +37,8 @@ def parse_teachers(uris: Sequence[str]) -> Teacher:
         weight = _number(tail) if at else None
         members.append(parse_teacher(uri if weight is None else head))
         weights.append(1.0 if weight is None else weight)
-        if weights[-1] <= 0:
-            raise SpecError(f"{uri}: an ensemble weight must be above 0")
+        if not 0 < weights[-1] < math.inf:
+            raise SpecError(f"{uri}: an ensemble weight must be a number above 0")
     if not members:
         raise SpecError("no teacher given; name one with --teacher")
     if len(members) == 1:

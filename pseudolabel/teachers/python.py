@@ -8,7 +8,7 @@ the classes. The current directory is on the import path.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,12 +33,20 @@ class PythonTeacher:
     def load(self, device: torch.device) -> Classifier:
         body = call_entry_point(self.spec)
         preprocessing = _preprocessing(self.spec, getattr(body, "preprocessing", None))
-        classes = getattr(body, "classes", None)
+        classes = _classes(self.spec, getattr(body, "classes", None))
         return make_classifier(body.eval(), preprocessing, architecture=self.uri, device=device, classes=classes)
 
 
 def make(spec: Spec) -> PythonTeacher:
     return PythonTeacher(spec)
+
+
+def _classes(spec: Spec, found: object) -> tuple[str, ...] | None:
+    if found is None:
+        return None
+    if isinstance(found, str) or not isinstance(found, Sequence):
+        raise SpecError(f"{spec}: its attribute `classes` must be a list of names, it is {type(found).__name__}")
+    return tuple(str(name) for name in found)
 
 
 def _preprocessing(spec: Spec, found: object) -> Preprocessing:

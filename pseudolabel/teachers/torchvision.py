@@ -7,15 +7,19 @@ weights are random from `seed`: of use for timing alone.
 
 from __future__ import annotations
 
+import contextlib
 import pickle
+import re
+import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torchvision.models import Weights, WeightsEnum, get_model, get_model_weights, list_models
+import torchvision.models
+from torch import Tensor, nn
+from torchvision.models import WeightsEnum, get_model, get_model_weights, list_models
 from torchvision.transforms import InterpolationMode
 
 from pseudolabel import specs
@@ -26,6 +30,7 @@ from pseudolabel.views.image import Preprocessing
 
 _ARGUMENTS = ("weights", "weights_file", "num_classes", "seed")
 _IMAGENET = Preprocessing(256, 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+_OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")  # the names in DenseNet's published weights
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,7 @@ class TorchvisionTeacher:
         return str(self.spec)
 
     def load(self, device: torch.device) -> Classifier:
-        args = self.spec.only(_ARGUMENTS)
+        args = _checked(self.spec)
         weights = _find_weights(self.spec, args["weights"]) if "weights" in args else None
         preprocessing = _preprocessing(weights) if weights is not None else _IMAGENET
         classes = list(weights.meta["categories"]) if weights is not None else None
@@ -51,71 +56,122 @@ class TorchvisionTeacher:
             classes=classes,
         )
 
-    def _body(self, args: dict[str, Any], weights: Weights | None) -> nn.Module:
-        options: dict[str, Any] = {}
+    def _body(self, args: dict[str, Any], weights: WeightsEnum | None) -> nn.Module:
+        if "weights_file" in args:
+            path = Path(str(args["weights_file"]))
+            return _fill(self._untrained(args, weights), _read_file(path), str(path))
+        if weights is not None:
+            return _fill(self._untrained(args, weights), _download(self.spec, weights), str(self.spec))
+        warnings.warn(
+            f"{self.uri}: no weights are given, so the teacher is random; of use for timing alone", stacklevel=3
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(args.get("seed", 0))
+            return self._untrained(args, None)
+
+    def _untrained(self, args: dict[str, Any], weights: WeightsEnum | None) -> nn.Module:
+        """The model that the weights fit: what torchvision's builders change for pretrained weights is changed here."""
+        options: dict[str, Any] = {"num_classes": args["num_classes"]} if "num_classes" in args else {}
         if weights is not None:
             options["num_classes"] = len(weights.meta["categories"])
-        elif "num_classes" in args:
-            options["num_classes"] = args["num_classes"]
-        if "weights_file" in args:
-            untrained: nn.Module = get_model(self.spec.name, weights=None, **options)
-            return _load_file(untrained, Path(args["weights_file"]))
-        if weights is None:
-            warnings.warn(
-                f"{self.uri}: no weights are given, so the teacher is random; of use for timing alone", stacklevel=2
-            )
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(args.get("seed", 0))
-                body: nn.Module = get_model(self.spec.name, weights=None, **options)
-                return body
-        try:
-            pretrained: nn.Module = get_model(self.spec.name, weights=weights)
-            return pretrained
-        except OSError as error:
-            raise SpecError(
-                f"{self.uri}: the weights can't be downloaded ({error})\nfetch them elsewhere and "
-                "name them with weights_file=FILE, beside weights="
-            ) from error
+            if self.spec.name.startswith("vit_"):
+                options["image_size"] = weights.meta["min_size"][0]
+        if self.spec.name in ("googlenet", "inception_v3"):
+            options["transform_input"] = weights is not None  # they came from TensorFlow, with its normalisation
+            options["init_weights"] = weights is None and "weights_file" not in args
+        body: nn.Module = get_model(self.spec.name, weights=None, **options)
+        return body
 
 
 def make(spec: Spec) -> TorchvisionTeacher:
     """Describe it; the model's name and arguments are checked here. Raises `SpecError`."""
-    known = list_models()
+    known = list_models(module=torchvision.models)
     if spec.name not in known:
-        raise SpecError(f"{spec}: torchvision has no model {spec.name!r}{specs.nearest(spec.name, known)}")
-    spec.only(_ARGUMENTS)
+        raise SpecError(f"{spec}: torchvision has no classifier {spec.name!r}{specs.nearest(spec.name, known)}")
+    _checked(spec)
     return TorchvisionTeacher(spec)
 
 
-def _find_weights(spec: Spec, name: str) -> Weights:
+def _checked(spec: Spec) -> dict[str, Any]:
+    args = spec.only(_ARGUMENTS)
+    for name, least in (("num_classes", 1), ("seed", 0)):
+        if name in args and (type(args[name]) is not int or args[name] < least):
+            raise SpecError(f"{spec}: {name} must be a whole number from {least}")
+    if "weights" in args and "num_classes" in args:
+        raise SpecError(f"{spec}: weights= says the number of classes; drop it or num_classes=")
+    return args
+
+
+def _find_weights(spec: Spec, name: str) -> WeightsEnum:
     enum: type[WeightsEnum] = get_model_weights(spec.name)
-    names = [*enum.__members__, "DEFAULT"]
+    names = list(enum.__members__)  # DEFAULT is one of them
     if name not in names:
         raise SpecError(f"{spec}: no weights {name!r}{specs.nearest(str(name), names)}; known are {', '.join(names)}")
-    chosen: WeightsEnum = getattr(enum, name)
-    return chosen.value
+    weights = enum[name]
+    if not weights.meta["categories"]:
+        raise SpecError(f"{spec}: these weights hold no classifier; use others of {', '.join(names)}")
+    return weights
 
 
-def _preprocessing(weights: Weights) -> Preprocessing:
+def _preprocessing(weights: WeightsEnum) -> Preprocessing:
     preset = weights.transforms()
     (resize,), (crop,) = preset.resize_size, preset.crop_size
     interpolation: InterpolationMode = preset.interpolation
     return Preprocessing(resize, crop, tuple(preset.mean), tuple(preset.std), interpolation.value)
 
 
-def _load_file(body: nn.Module, path: Path) -> nn.Module:
+def _download(spec: Spec, weights: WeightsEnum) -> dict[str, Tensor]:
+    """The weights from torch.hub's cache, or the net. Not through torchvision's builders: those unpickle."""
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # torch.hub reports on stdout, where only JSON may be
+            state: dict[str, Tensor] = torch.hub.load_state_dict_from_url(
+                weights.url, map_location="cpu", check_hash=True, weights_only=True
+            )
+            return state
+    except pickle.UnpicklingError as error:
+        raise SpecError(
+            f"{spec}: the file in torch.hub's cache ({torch.hub.get_dir()}) is not {weights.url}; delete it there"
+        ) from error
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
+        raise SpecError(
+            f"{spec}: the weights can't be downloaded ({_first_lines(error)})\nfetch them elsewhere and "
+            "name them with weights_file=FILE, beside weights="
+        ) from error
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        body.load_state_dict(state)
+            return load_file(path)
+        state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+        return state
     except pickle.UnpicklingError as error:
         raise SpecError(
             f"{path}: holds more than tensors, and loading that could run code; convert it to .safetensors"
         ) from error
-    except (OSError, RuntimeError, ValueError, TypeError, AttributeError) as error:
-        raise SpecError(f"{path}: these weights don't load into the model: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # the readers raise whatever they like on bytes that are no weights
+        raise SpecError(
+            f"{path}: can't be read as weights ({type(error).__name__}: {_first_lines(error)}); fetch or save it again"
+        ) from error
+
+
+def _fill(body: nn.Module, state: dict[str, Tensor], source: str) -> nn.Module:
+    if not isinstance(state, dict):
+        raise SpecError(f"{source}: holds {type(state).__name__}, not a state dict; save model.state_dict()")
+    try:
+        for name in list(state):  # in place: a state dict carries versions beside its tensors
+            new = _OLD_DENSENET.sub(r"\1\2", name)
+            state[new] = state.pop(name)
+        body.load_state_dict(state)
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+        raise SpecError(
+            f"{source}: these weights don't load into the model: {_first_lines(error)}\nname the model that they were "
+            "saved from, and its num_classes="
+        ) from error
     return body
+
+
+def _first_lines(error: Exception) -> str:
+    return " ".join(line.strip()[:200] for line in str(error).splitlines()[:2])

@@ -1,0 +1,84 @@
+"""How the benchmarks are run and how they print.
+
+Ratios are taken within a repetition, between variants that run in turns, and the median over repetitions is printed:
+what else runs on the machine then disturbs both sides alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+from pseudolabel.engines.local import resolve_device
+
+Row = dict[str, str | float | None]
+
+
+def parse_arguments(doc: str | None, *, device: bool = True) -> argparse.Namespace:
+    """`--quick`, `--json`, and `--device` where it matters."""
+    parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="a run of some seconds: is the script sound?")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout, the table on stderr")
+    if device:
+        parser.add_argument("--device", default="auto", type=resolve_device, help="auto, cpu, cuda, cuda:1")
+    return parser.parse_args()
+
+
+@dataclass
+class Report:
+    """A table that grows by rows; a cell of `None` was not measured."""
+
+    title: str
+    settings: dict[str, Any]
+    rows: list[Row] = field(default_factory=list)
+
+    def print(self, *, as_json: bool) -> None:
+        """Markdown on stdout; with `as_json` an object there, and the Markdown on stderr."""
+        machine = f"{os.cpu_count()} cores ({platform.machine()}), torch {torch.__version__}"
+        if torch.cuda.is_available():
+            machine += f", {torch.cuda.get_device_name()}"
+        shown = ", ".join(f"{name} {value}" for name, value in self.settings.items())
+        names = list(self.rows[0])
+        lines = [" | ".join(names), " | ".join("---" for _ in names)]
+        lines += [" | ".join(_cell(row[name]) for name in names) for row in self.rows]
+        table = "\n".join(f"| {line} |" for line in lines)
+        print(f"{self.title}: {shown}; {machine}\n\n{table}", file=sys.stderr if as_json else sys.stdout)
+        if as_json:
+            content = {"title": self.title, "machine": machine, "settings": self.settings, "rows": self.rows}
+            print(json.dumps(content))
+
+
+def _cell(value: str | float | None) -> str:
+    return "–" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def median(values: Iterable[float]) -> float:
+    """To 4 significant digits: more would be noise."""
+    return float(f"{statistics.median(values):.4g}")
+
+
+class Rates(NamedTuple):
+    """Images per second of wall time, and of this process's CPU time, which a busy machine distorts less."""
+
+    wall: float
+    cpu: float
+
+
+def rates_of(work: Callable[[], int], device: str, seconds: float) -> Rates:
+    """Repeat `work`, which returns how many images it did, for `seconds` or a little more."""
+    images, wall, cpu = 0, time.perf_counter(), time.process_time()
+    while time.perf_counter() - wall < seconds:
+        images += work()
+        if device != "cpu":
+            torch.cuda.synchronize(device)
+    return Rates(images / (time.perf_counter() - wall), images / (time.process_time() - cpu))

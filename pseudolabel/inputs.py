@@ -1,0 +1,190 @@
+"""What training reads, checked against each other before the first step.
+
+Joining is checked, not hoped for: a shard must hash to what was annotated, its keys must equal the part's row by row,
+and labels, store and class names must speak of the same classes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from pseudolabel.errors import LabelError, StoreMismatch
+from pseudolabel.labels.schema import PartInfo
+from pseudolabel.labels.store import Store
+from pseudolabel.shards import Shard, ShardFile
+
+
+@dataclass(frozen=True)
+class TrainingShard:
+    """A shard as training uses it: which samples, and its content's hash. `part` is set if soft labels are joined."""
+
+    shard: Shard
+    sha256: str
+    rows: int
+    part: PartInfo | None = None
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Where batches come from. `store` holds the soft labels of `unlabeled`, and those of `labeled` if these were
+    annotated too.
+    """
+
+    labeled: Sequence[TrainingShard]
+    unlabeled: Sequence[TrainingShard]
+    store: Store | None
+    num_classes: int
+
+
+def gather(
+    labeled: Sequence[Shard],
+    unlabeled: Sequence[Shard],
+    store: Store | None,
+    classes: Sequence[str] | None = None,
+    num_classes: int | None = None,
+) -> tuple[TrainingData, tuple[str, ...]]:
+    """Check all inputs of a training against each other; returns what to train on and the class names.
+
+    Labeled shards that were annotated into `store`, too, bring their soft labels.
+
+    Raises:
+        LabelError: something is missing, a label is missing or out of range.
+        StoreMismatch: shards differ from what was annotated, or the label spaces differ.
+    """
+    if not labeled and not unlabeled:
+        raise LabelError("nothing to train on: give --labeled, or --unlabeled with --labels, or both")
+    if unlabeled and store is None:
+        raise LabelError("unlabeled shards need soft labels: annotate them and pass the store as --labels")
+    if store is not None and not unlabeled:
+        raise LabelError("a store of soft labels needs the shards it was made from: pass them as --unlabeled")
+    places = {os.path.realpath(shard.path) for shard in unlabeled}
+    for shard in labeled:
+        if os.path.realpath(shard.path) in places:
+            raise LabelError(f"{shard.path}: given both as --labeled and as --unlabeled; give it once")
+    if store is not None:
+        classes = _label_space(store, classes, num_classes)
+    bound = len(classes) if classes is not None else num_classes
+    checked, largest = check_labeled(labeled, bound) if labeled else ([], 0)
+    bound = bound or largest
+    soft = check_annotated(unlabeled, store) if store is not None else []
+    if store is not None and checked and all(_is_annotated(one, store) for one in checked):
+        checked = check_annotated(labeled, store)
+    if sum(one.rows for one in (*checked, *soft)) == 0:
+        raise LabelError("nothing to train on: the store has no rows for these shards (all were rejected)")
+    names = tuple(classes) if classes is not None else tuple(str(index) for index in range(bound))
+    return TrainingData(checked, soft, store, bound), names
+
+
+def _label_space(store: Store, classes: Sequence[str] | None, num_classes: int | None) -> Sequence[str]:
+    """The class names, the store's and the user's being one. Raises `StoreMismatch`."""
+    known = store.identity.classes
+    wanted = len(classes) if classes is not None else num_classes
+    if wanted not in (None, len(known)):
+        raise StoreMismatch(
+            f"{store.root}: its teacher has {len(known)} classes, {wanted} are asked for; "
+            "use a teacher of the same classes"
+        )
+    if classes is None or known == tuple(classes):
+        return known
+    if known != tuple(str(index) for index in range(len(known))):
+        index = next(i for i, (theirs, ours) in enumerate(zip(known, classes, strict=True)) if theirs != ours)
+        raise StoreMismatch(
+            f"{store.root}: class {index} is {known[index]!r} to its teacher, {classes[index]!r} in your list\n"
+            "put the list into the teacher's order, or use a teacher of these classes"
+        )
+    return classes
+
+
+def _is_annotated(shard: TrainingShard, store: Store) -> bool:
+    """Whether the store's part of that name, if any, is of this very shard."""
+    return store.part_path(shard.shard.name).exists() and store.info(shard.shard.name).sha256 == shard.sha256
+
+
+def read_label(opened: ShardFile, index: int, num_classes: int | None = None) -> int:
+    """A labeled sample's class. Raises `LabelError` if it has none, or one that is no class number or out of range."""
+    where = f"{opened.shard.path}: sample {opened.keys[index]!r}"
+    if "cls" not in opened.field_names(index):
+        raise LabelError(
+            f"{where} has no label (no `cls` file); pack the labeled set with labels, or pass it as --unlabeled"
+        )
+    text = opened.read(index, "cls").decode(errors="replace").strip()
+    if not (text.isascii() and text.isdecimal()) or int(text) >= 1 << 31:
+        raise LabelError(f"{where}: its label is {text[:40]!r}; a class number from 0 is wanted")
+    if num_classes is not None and int(text) >= num_classes:
+        raise LabelError(
+            f"{where}: its label is {text}, but there are {num_classes} classes (0 to "
+            f"{num_classes - 1}); mend the label or --num-classes"
+        )
+    return int(text)
+
+
+def check_labeled(shards: Sequence[Shard], num_classes: int | None) -> tuple[list[TrainingShard], int]:
+    """Read every label of a labeled set. Returns the shards and 1 + the largest label. Raises `LabelError`,
+    `DamagedShard`.
+    """
+
+    def check(shard: Shard) -> tuple[TrainingShard, int]:
+        with ShardFile(shard) as opened:
+            largest = max(read_label(opened, index, num_classes) for index in range(len(opened)))
+            return TrainingShard(shard, opened.sha256(), len(opened)), largest
+
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(check, shards))
+    return [one for one, _ in found], 1 + max(largest for _, largest in found)
+
+
+def check_annotated(shards: Sequence[Shard], store: Store) -> list[TrainingShard]:
+    """Compare every shard with what was annotated, content and all.
+
+    Raises:
+        StoreMismatch: a shard has no part, or another content than when it was annotated.
+    """
+
+    def check(shard: Shard) -> TrainingShard:
+        if not store.part_path(shard.name).exists():
+            raise StoreMismatch(
+                f"{shard.path}: not annotated in {store.root}; run `pseudolabel annotate` on these "
+                "shards into this store first"
+            )
+        info = store.info(shard.name)
+        with ShardFile(shard) as opened:
+            sha256 = opened.sha256()
+            if sha256 != info.sha256 or len(opened) != info.samples:
+                raise StoreMismatch(
+                    f"{shard.path}: its content is not what was annotated (sha256 {sha256[:12]}, "
+                    f"{len(opened)} samples; "
+                    f"annotated {info.sha256[:12]}, {info.samples})\nput the old shard back, or "
+                    f"delete {store.part_path(shard.name)} and annotate again"
+                )
+        return TrainingShard(shard, sha256, info.samples - info.rejects, info)
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(check, shards))
+
+
+def join(opened: ShardFile, part: pa.Table, rejects: pa.Table) -> list[int]:
+    """The positions in the shard of a part's rows; keys are compared one by one, the rejects' too.
+
+    Raises:
+        StoreMismatch: a key differs, a sample is in neither or in both.
+    """
+    positions: list[int] = part["index"].to_pylist()
+    rejected: list[int] = rejects["index"].to_pylist()
+    pairs = list(zip(positions + rejected, part["key"].to_pylist() + rejects["key"].to_pylist(), strict=True))
+    if sorted(index for index, _ in pairs) != list(range(len(opened))):
+        raise StoreMismatch(
+            f"{opened.shard.path}: the store has {len(pairs)} rows and rejects for {len(opened)} "
+            "samples; annotate this shard again"
+        )
+    for index, key in pairs:
+        if opened.keys[index] != key:
+            raise StoreMismatch(
+                f"{opened.shard.path}: sample {index} is {opened.keys[index]!r}, the store's label is of {key!r}\n"
+                "these labels are of another shard: use the store that was made from these shards"
+            )
+    return positions

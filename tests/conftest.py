@@ -1,0 +1,121 @@
+"""Small real things to test on: shards written by the library, images made by Pillow, models made from a spec."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+from PIL import Image
+
+from pseudolabel.checkpoint import ModelCard, save_model
+from pseudolabel.shards import write_shard
+from pseudolabel.views.image import square
+
+# The same examples every time, and no time limit on a loaded machine.
+settings.register_profile("repeatable", derandomize=True, deadline=None, database=None, max_examples=60)
+settings.load_profile("repeatable")
+torch.set_num_threads(1)
+REPOSITORY = Path(__file__).parent.parent
+
+
+def image_bytes(
+    seed: int = 0, size: tuple[int, int] = (12, 12), mode: str = "L", kind: str = "PNG", **options: Any
+) -> bytes:
+    """A random image of Pillow's `mode` in the format `kind`."""
+    channels = {"L": 1, "RGB": 3, "RGBA": 4, "CMYK": 4}[mode]
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], channels), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels[..., 0] if channels == 1 else pixels, mode).save(buffer, format=kind, **options)
+    return buffer.getvalue()
+
+
+def digit_like(label: int, seed: int) -> bytes:
+    """A learnable image: a bright bar whose place tells the class, with noise."""
+    pixels = np.random.default_rng([label, seed]).integers(0, 60, (12, 12), dtype=np.uint8)
+    pixels[2 * label + 1 : 2 * label + 4] += 150
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def make_shard(tmp_path: Path) -> Callable[..., Path]:
+    """Write a shard: `make_shard("a", [("key", {"png": …})])` under `tmp_path/shards`, or elsewhere with `directory=`."""
+
+    def make(name: str, samples: Iterable[tuple[str, Mapping[str, bytes]]], directory: Path | None = None) -> Path:
+        path = (directory or tmp_path / "shards") / f"{name}.tar"
+        write_shard(path, samples)
+        return path
+
+    return make
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """Three labeled, three unlabeled and one validation shard of four learnable classes."""
+    root = tmp_path / "corpus"
+    for split, shards, labeled in (("labeled", 1, True), ("unlabeled", 3, False), ("val", 1, True)):
+        for shard in range(shards):
+            samples = []
+            for index in range(24):
+                label, seed = index % 4, 1000 * len(split) + 100 * shard + index
+                fields = {"png": digit_like(label, seed), **({"cls": str(label).encode()} if labeled else {})}
+                samples.append((f"{split}/{shard}-{index:03d}", fields))
+            write_shard(root / split / f"{split}-{shard}.tar", samples)
+    return root
+
+
+def make_model(directory: Path, *, classes: int = 4, seed: int = 0, student: str = "small:resnet8?width=4") -> Path:
+    """A model directory with random weights, usable as `checkpoint:DIR`."""
+    torch.manual_seed(seed)
+    card = ModelCard(student, tuple(f"class {index}" for index in range(classes)), square(12, 1))
+    save_model(directory, card, card.build())
+    return directory
+
+
+@pytest.fixture
+def teacher_dir(tmp_path: Path) -> Path:
+    return make_model(tmp_path / "teacher")
+
+
+class Cli:
+    """Runs the real command in a real process."""
+
+    def __init__(self, cwd: Path) -> None:
+        self.cwd = cwd
+
+    def start(self, *args: object, **options: Any) -> subprocess.Popen[str]:
+        """Start without waiting; the process leads its own group, so a test can kill it with its children."""
+        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), **options.pop("env", {})}
+        command = [sys.executable, "-m", "pseudolabel", *map(str, args)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return subprocess.Popen(
+            command, cwd=self.cwd, env=environment, text=True, start_new_session=True, **pipes, **options
+        )
+
+    def __call__(self, *args: object, code: int = 0, **options: Any) -> tuple[dict[str, Any], str]:
+        """Run with --json; returns the object and stderr. Whatever the exit code, there is no traceback and stdout is one object."""
+        process = self.start(*args, "--json", **options)
+        out, err = process.communicate(timeout=240)
+        assert process.returncode == code, (args, process.returncode, out, err)
+        assert "Traceback" not in err, err
+        result = json.loads(out)
+        if code:
+            message = result["error"]["message"] if "error" in result else str(result["problems"])
+            assert 1 <= len(message.splitlines()) <= 5, message
+        return result, err
+
+
+@pytest.fixture
+def cli(tmp_path: Path) -> Cli:
+    return Cli(tmp_path)

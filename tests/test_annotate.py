@@ -1,0 +1,214 @@
+"""Annotating: every sample accounted for, the same bytes whoever does it, bad shards named, good ones finished."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import digit_like, image_bytes, make_model
+
+from pseudolabel.annotate import AnnotateResult, annotate, annotate_shard
+from pseudolabel.checkpoint import load_model
+from pseudolabel.engines.local import LocalEngine
+from pseudolabel.errors import DamagedShard, SpecError, StorageError, StoreMismatch, TooManyRejects
+from pseudolabel.labels.store import open_store
+from pseudolabel.settings import AnnotateSettings
+from pseudolabel.shards import list_shards, read_samples
+from pseudolabel.teachers import parse_teacher, parse_teachers
+from pseudolabel.views.image import decode
+
+MakeShard = Callable[..., Path]
+
+
+def _annotate(shards: Path, out: Path, teacher: Path | str, *, workers: int = 1, **options: object) -> AnnotateResult:
+    settings = AnnotateSettings(**{name: options.pop(name) for name in ("encoding", "batch_size") if name in options})  # type: ignore[arg-type]
+    uri = teacher if isinstance(teacher, str) else f"checkpoint:{teacher}"
+    return annotate(
+        list_shards(shards),
+        parse_teachers([uri]),
+        out,
+        engine=LocalEngine("cpu", workers),
+        settings=settings,
+        **options,
+    )  # type: ignore[arg-type]
+
+
+def test_stored_logits_are_the_teachers(corpus: Path, teacher_dir: Path, tmp_path: Path) -> None:
+    """Against the model run by hand on the same image: labels fit their images."""
+    _annotate(corpus / "unlabeled", tmp_path / "store", teacher_dir, batch_size=7)
+    model = load_model(teacher_dir, torch.device("cpu"))
+    opened = open_store(tmp_path / "store")
+    for shard in list_shards(corpus / "unlabeled"):
+        rows = {row["key"]: row for row in opened.read(shard.name).to_pylist()}
+        for sample in read_samples(shard):
+            logits = model.logits((model.prepare(decode(sample.fields["png"]))[0][None],))[0]
+            stored = torch.tensor(np.array(rows[sample.key]["logits"], np.float32))
+            torch.testing.assert_close(stored, logits - logits.max(), rtol=2e-3, atol=2e-3)
+            assert rows[sample.key]["pred"] == int(logits.argmax())
+
+
+def test_every_sample_is_a_row_or_a_reject_with_its_reason(
+    make_shard: MakeShard, teacher_dir: Path, tmp_path: Path
+) -> None:
+    whole, jpeg = image_bytes(1), image_bytes(2, mode="RGB", kind="JPEG")
+    good = {
+        "gray": {"png": whole, "cls": b"3"},
+        "rgb": {"jpg": jpeg},
+        "cmyk": {"jpg": image_bytes(3, mode="CMYK", kind="JPEG")},
+        "rgba": {"png": image_bytes(4, mode="RGBA")},
+        "gif": {"gif": image_bytes(5, mode="RGB", kind="GIF")},
+        "webp": {"webp": image_bytes(6, mode="RGB", kind="WEBP")},
+        "spa ce/ü/../x": {"png": whole},
+    }
+    bad = {
+        "empty": ({"png": b""}, "decode", "empty"),
+        "text": ({"png": b"this is text, not an image"}, "decode", "no image"),
+        "torn": ({"jpg": jpeg[: len(jpeg) // 2]}, "decode", ""),
+        "no-image": ({"txt": b"x"}, "decode", "no image field"),
+        "two-images": ({"png": whole, "jpg": jpeg}, "decode", "several image fields"),
+        "words-for-label": ({"png": whole, "cls": b"cat"}, "label", "not a class number"),
+    }
+    make_shard("mixed", [*good.items(), *((key, fields) for key, (fields, _, _) in bad.items())])
+    result = _annotate(tmp_path / "shards", tmp_path / "store", teacher_dir, max_reject_fraction=1.0)
+    assert (result.samples, result.rejects) == (len(good) + len(bad), len(bad))
+    opened = open_store(tmp_path / "store")
+    part = opened.read("mixed")
+    assert part["key"].to_pylist() == list(good)
+    assert part["label"].to_pylist() == [3, None, None, None, None, None, None]
+    rejects = {row["key"]: row for row in opened.read_rejects("mixed").to_pylist()}
+    assert rejects.keys() == bad.keys()
+    for key, (_, stage, text) in bad.items():
+        assert rejects[key]["stage"] == stage
+        assert text in rejects[key]["detail"]
+        assert rejects[key]["error"]
+
+
+def test_nan_logits_are_rejects_not_labels(
+    make_shard: MakeShard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_shard("s", [(str(index), {"png": image_bytes(index)}) for index in range(6)])
+    (tmp_path / "nan_teacher.py").write_text(
+        "import torch\n"
+        "class Nan(torch.nn.Module):\n"
+        "    preprocessing = dict(resize=12, crop=12, mean=[0.5], std=[0.5])\n"
+        "    def forward(self, x):\n"
+        "        logits = x.flatten(1)[:, :3].clone()\n"
+        "        logits[::2, 1] = float('nan')\n"
+        "        return logits\n"
+        "def make():\n"
+        "    return Nan()\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    result = _annotate(
+        tmp_path / "shards", tmp_path / "store", "python:nan_teacher:make", max_reject_fraction=1.0, batch_size=4
+    )
+    assert (result.samples, result.rejects) == (6, 3)
+    rejects = open_store(tmp_path / "store").read_rejects("s").to_pylist()
+    assert [(row["index"], row["stage"], row["error"]) for row in rejects] == [
+        (i, "forward", "NonFiniteLogits") for i in (0, 2, 4)
+    ]
+
+
+def test_too_many_rejects_name_the_worst_shard_and_keep_the_parts(
+    make_shard: MakeShard, teacher_dir: Path, tmp_path: Path
+) -> None:
+    make_shard("fine", [(str(index), {"png": image_bytes(index)}) for index in range(8)])
+    make_shard("awful", [(str(index), {"png": b"no"}) for index in range(3)])
+    with pytest.raises(TooManyRejects, match=r"3 of 11 samples.*\n.*awful\.tar: 3 of 3"):
+        _annotate(tmp_path / "shards", tmp_path / "store", teacher_dir, max_reject_fraction=0.1)
+    again = _annotate(tmp_path / "shards", tmp_path / "store", teacher_dir, max_reject_fraction=0.3)
+    assert (again.parts_written, again.parts_skipped) == (0, 2)
+
+
+def test_damaged_shards_get_no_part_and_are_named_after_the_others_are_done(
+    make_shard: MakeShard, teacher_dir: Path, tmp_path: Path
+) -> None:
+    for name in "abcd":
+        path = make_shard(name, [(f"{name}{index}", {"png": image_bytes(index)}) for index in range(5)])
+        if name in "bd":
+            path.write_bytes(path.read_bytes()[: 3 * 1024 + 100])
+    with pytest.raises(DamagedShard) as caught:
+        _annotate(tmp_path / "shards", tmp_path / "store", teacher_dir)
+    assert "b.tar: this shard is truncated" in str(caught.value)
+    assert "d.tar" in str(caught.value)
+    assert open_store(tmp_path / "store").part_names() == ["a", "c"]
+
+
+@pytest.mark.parametrize("encoding", ["dense", "topk:2"])
+def test_workers_and_order_do_not_show_in_the_bytes(
+    corpus: Path, teacher_dir: Path, tmp_path: Path, encoding: str
+) -> None:
+    """Contract of engines: many processes, one process, and the pure function by hand give the same parts."""
+    many = _annotate(corpus / "unlabeled", tmp_path / "many", teacher_dir, workers=2, encoding=encoding, batch_size=5)
+    one = _annotate(corpus / "unlabeled", tmp_path / "one", teacher_dir, encoding=encoding, batch_size=5)
+    assert many.fingerprint == one.fingerprint
+    teacher = parse_teacher(f"checkpoint:{teacher_dir}").load(torch.device("cpu"))
+    for shard in list_shards(corpus / "unlabeled"):
+        name = f"parts/{shard.name}.parquet"
+        assert (tmp_path / "many" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+        by_hand = annotate_shard(shard, teacher, AnnotateSettings(encoding=encoding, batch_size=5))
+        assert by_hand.part.equals(pq.read_table(tmp_path / "one" / name).replace_schema_metadata(None))
+        assert by_hand.info == open_store(tmp_path / "one").info(shard.name)
+
+
+def test_resume_does_only_what_is_missing(corpus: Path, teacher_dir: Path, tmp_path: Path) -> None:
+    first = _annotate(corpus / "unlabeled", tmp_path / "store", teacher_dir)
+    path = tmp_path / "store" / "parts" / "unlabeled-1.parquet"
+    whole = path.read_bytes()
+    path.unlink()
+    untouched = (tmp_path / "store" / "parts" / "unlabeled-0.parquet").stat().st_mtime_ns
+    again = _annotate(corpus / "unlabeled", tmp_path / "store", teacher_dir)
+    assert (again.parts_written, again.parts_skipped) == (1, 2)
+    assert (again.samples, again.rejects) == (first.samples, first.rejects)
+    assert path.read_bytes() == whole
+    assert (tmp_path / "store" / "parts" / "unlabeled-0.parquet").stat().st_mtime_ns == untouched
+
+
+def test_resume_with_another_teacher_or_an_edited_shard_is_refused(
+    corpus: Path, teacher_dir: Path, tmp_path: Path, make_shard: MakeShard
+) -> None:
+    _annotate(corpus / "unlabeled", tmp_path / "store", teacher_dir)
+    with pytest.raises(StoreMismatch, match="weights_sha256"):
+        _annotate(corpus / "unlabeled", tmp_path / "store", make_model(tmp_path / "other", seed=1))
+    make_shard("unlabeled-0", [("x", {"png": digit_like(0, 0)})] * 1, directory=corpus / "unlabeled")
+    with pytest.raises(StoreMismatch, match="edited"):
+        _annotate(corpus / "unlabeled", tmp_path / "store", teacher_dir)
+
+
+def test_a_vanished_shard_is_one_clear_error(corpus: Path, teacher_dir: Path, tmp_path: Path) -> None:
+    shards = list_shards(corpus / "unlabeled")
+    (corpus / "unlabeled" / "unlabeled-1.tar").unlink()
+    with pytest.raises(StorageError, match=r"unlabeled-1\.tar failed: No such file"):
+        annotate(shards, parse_teacher(f"checkpoint:{teacher_dir}"), tmp_path / "store", engine=LocalEngine("cpu", 1))
+
+
+def test_more_kept_classes_than_the_teacher_has(corpus: Path, teacher_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="only 4 classes"):
+        _annotate(corpus / "unlabeled", tmp_path / "store", teacher_dir, encoding="topk:5")
+    assert not (tmp_path / "store").exists()
+
+
+def test_the_log_has_a_line_a_shard_and_is_not_part_of_identity(
+    corpus: Path, teacher_dir: Path, tmp_path: Path
+) -> None:
+    _annotate(corpus / "unlabeled", tmp_path / "store", teacher_dir)
+    (log,) = (tmp_path / "store" / "log").glob("*.jsonl")
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert sorted(line["shard"] for line in lines) == ["unlabeled-0", "unlabeled-1", "unlabeled-2"]
+    assert all(line["samples"] == 24 and line["forward_seconds"] > 0 for line in lines)
+
+
+def test_a_random_teacher_is_said_to_be_random(corpus: Path, tmp_path: Path) -> None:
+    spec = "torchvision:mobilenet_v3_small?num_classes=4"
+    with pytest.warns(UserWarning, match="random"):
+        parse_teacher(spec).load(torch.device("cpu"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        one, two = (parse_teacher(spec).load(torch.device("cpu")).identity for _ in range(2))
+    assert one == two

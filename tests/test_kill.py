@@ -1,0 +1,89 @@
+"""SIGKILL at any moment, then the same command again: nothing lost, nothing twice, the same bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY, Cli, image_bytes, make_model
+
+from pseudolabel.labels.store import open_store
+from pseudolabel.labels.verify import verify
+from pseudolabel.shards import list_shards, write_shard
+
+
+@pytest.mark.parametrize("scenario", ["annotate", "train", "run"])
+def test_killed_at_every_commit_step_and_at_random_moments(scenario: str, corpus: Path) -> None:
+    make_model(corpus / "teacher")
+    spoiled = [("good", {"png": image_bytes()}), ("bad", {"png": b"no image"}), ("worse", {"txt": b"none at all"})]
+    write_shard(corpus / "unlabeled" / "spoiled.tar", spoiled)
+    command = [sys.executable, str(REPOSITORY / "tests" / "killing.py"), scenario, str(corpus)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    counts = json.loads(done.stdout.splitlines()[-1])
+    assert counts["commit_steps"] >= 10
+    assert counts["struck"] >= 10
+
+
+@pytest.fixture
+def long_corpus(tmp_path: Path) -> Path:
+    for shard in range(40):
+        samples = [(f"{shard}-{index}", {"png": image_bytes(100 * shard + index)}) for index in range(60)]
+        write_shard(tmp_path / "many" / f"s{shard:02d}.tar", samples)
+    return tmp_path / "many"
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
+def test_many_workers_are_stopped_and_go_on(
+    cli: Cli, long_corpus: Path, teacher_dir: Path, sent: signal.Signals, code: int
+) -> None:
+    """The command dies mid-run; no worker outlives it, only whole parts are left, and the end equals one worker's bytes."""
+    arguments = (
+        "annotate",
+        long_corpus,
+        "--teacher",
+        f"checkpoint:{teacher_dir}",
+        "--device",
+        "cpu",
+        "--batch-size",
+        8,
+    )
+    process = cli.start(*arguments, "--out", "store", "--workers", 2)
+    store = cli.cwd / "store"
+    while not list(store.glob("parts/*.parquet")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    if sent == signal.SIGINT:
+        os.killpg(process.pid, sent)  # a terminal sends Ctrl-C to all
+    else:
+        process.send_signal(sent)
+    process.communicate(timeout=60)
+    assert process.returncode == code
+    _wait_until_gone(process.pid)
+    left = verify(open_store(store))
+    assert [problem for problem in left.problems if problem.kind != "ForeignFile"] == []  # a killed writer's temporary
+    assert left.parts < 40
+    resumed, _ = cli(*arguments, "--out", "store", "--workers", 2)
+    assert resumed["parts_skipped"] == left.parts
+    assert resumed["samples"] == 40 * 60
+    whole, _ = cli(*arguments, "--out", "other", "--workers", 1)
+    assert whole["parts_written"] == 40
+    assert verify(open_store(store), list_shards(long_corpus)).ok
+    for part in (cli.cwd / "other" / "parts").iterdir():
+        assert (store / "parts" / part.name).read_bytes() == part.read_bytes()
+
+
+def _wait_until_gone(group: int) -> None:
+    for _ in range(500):
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.02)
+    raise AssertionError("a worker outlived its command")

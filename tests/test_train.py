@@ -1,0 +1,317 @@
+"""Training: it learns, repeats itself exactly, and refuses labels that don't fit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import digit_like, image_bytes, make_model
+
+from pseudolabel.annotate import annotate
+from pseudolabel.checkpoint import load_model
+from pseudolabel.dataset import TrainingBatches, split_batch
+from pseudolabel.engines.local import LocalEngine
+from pseudolabel.errors import Diverged, LabelError, OutputExists, SpecError, StoreMismatch
+from pseudolabel.evaluate import evaluate
+from pseudolabel.inputs import TrainingData, check_annotated, check_labeled
+from pseudolabel.labels.encodings import parse_encoding
+from pseudolabel.labels.store import Store, open_store
+from pseudolabel.losses import NO_LABEL
+from pseudolabel.optim import learning_rate
+from pseudolabel.order import RowOrder
+from pseudolabel.settings import AnnotateSettings, AugmentSettings, TrainSettings
+from pseudolabel.shards import list_shards, write_shard
+from pseudolabel.teachers import parse_teacher
+from pseudolabel.train import TrainResult, train
+from pseudolabel.views.image import square
+
+SMALL = TrainSettings(student="small:resnet8?width=4", image_size=12, channels=1, steps=12, batch_size=16, eval_every=4)
+
+
+@pytest.fixture
+def store(corpus: Path, tmp_path: Path) -> Store:
+    return _annotated(corpus, tmp_path / "store", make_model(tmp_path / "teacher"))
+
+
+def _annotated(corpus: Path, out: Path, model: Path, encoding: str = "dense") -> Store:
+    teacher = parse_teacher(f"checkpoint:{model}")
+    settings = AnnotateSettings(encoding=encoding)
+    annotate(list_shards(corpus / "unlabeled"), teacher, out, engine=LocalEngine("cpu", 1), settings=settings)
+    return open_store(out)
+
+
+def _train(
+    corpus: Path, out: Path, store: Store | None = None, settings: TrainSettings = SMALL, **options: object
+) -> TrainResult:
+    sets = {"labeled": list_shards(corpus / "labeled"), "val": list_shards(corpus / "val")}
+    sets |= {"unlabeled": list_shards(corpus / "unlabeled")} if store is not None else {}
+    return train(settings, out, **{**sets, "store": store, "threads": 1, **options})  # type: ignore[arg-type]
+
+
+def test_a_student_learns_from_soft_labels_alone(corpus: Path, tmp_path: Path) -> None:
+    """A teacher that knows the classes teaches a student that never sees a label."""
+    no_flip = AugmentSettings(crop="none", flip=False)
+    settings = SMALL.model_copy(update={"steps": 80, "lr": 1e-2, "augment": no_flip, "eval_every": 80})
+    _train(corpus, tmp_path / "teacher", settings=settings)
+    labels = _annotated(corpus, tmp_path / "store", tmp_path / "teacher", "topk:2")
+    alone = settings.model_copy(update={"labeled_fraction": 0.0, "alpha": 1.0, "seed": 5})
+    result = _train(corpus, tmp_path / "student", labels, alone, labeled=())
+    assert result.val_accuracy is not None
+    assert result.val_accuracy >= 0.9
+    measured = evaluate(tmp_path / "student", list_shards(corpus / "val"))
+    assert measured.accuracy == pytest.approx(result.val_accuracy)
+    agreement = evaluate(tmp_path / "teacher", list_shards(corpus / "val"))
+    assert agreement.accuracy >= 0.9
+
+
+def test_same_seed_same_weights_other_seed_other_weights(corpus: Path, store: Store, tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        _train(corpus, tmp_path / name, store, SMALL.model_copy(update={"seed": seed}))
+    weights = {name: (tmp_path / name / "model.safetensors").read_bytes() for name in "abc"}
+    assert weights["a"] == weights["b"]
+    assert weights["a"] != weights["c"]
+
+
+def test_loader_processes_change_nothing(corpus: Path, store: Store, tmp_path: Path) -> None:
+    """Augmentation is seeded by the step, not by the worker that happens to do it."""
+    for workers in (0, 2):
+        _train(corpus, tmp_path / f"{workers}", store, SMALL.model_copy(update={"steps": 5}), workers=workers)
+    assert (tmp_path / "0" / "model.safetensors").read_bytes() == (tmp_path / "2" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_resume_from_a_checkpoint_is_exact(corpus: Path, store: Store, tmp_path: Path, optimizer: str) -> None:
+    """Stopped by an exception after the second checkpoint; test_kill.py does it with SIGKILL."""
+    settings = SMALL.model_copy(update={"optimizer": optimizer})
+    _train(corpus, tmp_path / "whole", store, settings)
+
+    def stop(progress: object) -> None:
+        if progress.step == 10 or progress.step == 12:  # type: ignore[attr-defined]
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        _train(corpus, tmp_path / "stopped", store, settings, on_progress=stop)
+    assert not (tmp_path / "stopped" / "run.json").exists()
+    assert (tmp_path / "stopped" / "checkpoint" / "state.safetensors").exists()
+    result = _train(corpus, tmp_path / "stopped", store, settings)
+    assert (tmp_path / "stopped" / "model.safetensors").read_bytes() == (
+        tmp_path / "whole" / "model.safetensors"
+    ).read_bytes()
+    logged = [json.loads(line)["step"] for line in (tmp_path / "stopped" / "metrics.jsonl").read_text().splitlines()]
+    assert logged == sorted(set(logged))
+    assert not (tmp_path / "stopped" / "checkpoint").exists()
+    assert result.steps == 12
+
+
+def test_a_finished_run_is_kept_and_another_is_refused(corpus: Path, store: Store, tmp_path: Path) -> None:
+    first = _train(corpus, tmp_path / "run", store)
+    before = (tmp_path / "run" / "model.safetensors").stat().st_mtime_ns
+    assert _train(corpus, tmp_path / "run", store) == first
+    assert (tmp_path / "run" / "model.safetensors").stat().st_mtime_ns == before
+    other = SMALL.model_copy(update={"lr": 0.5})
+    with pytest.raises(OutputExists, match=r"lr: 0\.002 there, 0\.5 now"):
+        _train(corpus, tmp_path / "run", store, other)
+    _train(corpus, tmp_path / "run", store, other, overwrite=True)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "dear.jpg").write_bytes(b"x")
+    with pytest.raises(OutputExists, match=r"dear\.jpg"):
+        _train(corpus, tmp_path / "photos", store, overwrite=True)
+
+
+def test_best_weights_are_kept_not_the_last(corpus: Path, tmp_path: Path) -> None:
+    """A learning rate that wrecks the model late: what is saved is what validated best."""
+    settings = SMALL.model_copy(
+        update={"steps": 40, "eval_every": 2, "lr": 0.3, "ema": 0.0, "clip_norm": 0.0, "optimizer": "sgd"}
+    )
+    result = _train(corpus, tmp_path / "run", settings=settings)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    accuracies = {line["step"]: line["val_accuracy"] for line in lines if "val_accuracy" in line}
+    assert result.val_accuracy == max(accuracies.values())
+    assert accuracies[result.best_step] == result.val_accuracy
+    assert evaluate(tmp_path / "run", list_shards(corpus / "val")).accuracy == pytest.approx(result.val_accuracy)
+
+
+def test_divergence_is_an_error_not_a_model(corpus: Path, tmp_path: Path) -> None:
+    settings = SMALL.model_copy(update={"lr": 1e30, "clip_norm": 0.0, "optimizer": "sgd", "steps": 40})
+    with pytest.raises(Diverged, match="smaller --lr"):
+        _train(corpus, tmp_path / "run", settings=settings)
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_each_row_meets_its_own_soft_label(corpus: Path, store: Store) -> None:
+    """Batches as training sees them: the stored logits of a row equal the teacher's on that very image."""
+    labeled, largest = check_labeled(list_shards(corpus / "labeled"), None)
+    data = TrainingData(labeled, check_annotated(list_shards(corpus / "unlabeled"), store), store, 4)
+    clean = AugmentSettings(crop="none", flip=False)
+    batches = TrainingBatches(data, square(12, 1), clean, batch_size=20, labeled_fraction=0.25, seed=3, steps=9)
+    model = load_model(store.root.parent / "teacher", torch.device("cpu"))
+    assert largest == 4
+    for step in range(9):
+        batch = batches[step]
+        assert batch.targets is not None
+        assert (batch.labels_B[:5] >= 0).all()
+        assert (batch.labels_B[5:] == NO_LABEL).all()
+        logits = model.logits((batch.pixels_BCHW[5:],))
+        teacher, student = batch.targets.log_probs(logits, 1.0)
+        torch.testing.assert_close(teacher, student, rtol=2e-3, atol=2e-3)
+
+
+def test_rejects_leave_the_join_intact(tmp_path: Path) -> None:
+    """Rows are joined by position: a reject in the middle must not shift those behind it."""
+    samples = [(f"k{i}", {"png": b"bad" if i in (0, 4, 9) else image_bytes(i)}) for i in range(10)]
+    write_shard(tmp_path / "c" / "unlabeled" / "u.tar", samples)
+    model = make_model(tmp_path / "teacher")
+    annotate(
+        list_shards(tmp_path / "c" / "unlabeled"),
+        parse_teacher(f"checkpoint:{model}"),
+        tmp_path / "s",
+        engine=LocalEngine("cpu", 1),
+        max_reject_fraction=1,
+    )
+    store = open_store(tmp_path / "s")
+    data = TrainingData([], check_annotated(list_shards(tmp_path / "c" / "unlabeled"), store), store, 4)
+    batch = TrainingBatches(
+        data, square(12, 1), AugmentSettings(crop="none", flip=False), batch_size=7, labeled_fraction=0, seed=0, steps=1
+    )[0]
+    assert batch.targets is not None
+    teacher, student = batch.targets.log_probs(load_model(model, torch.device("cpu")).logits((batch.pixels_BCHW,)), 1.0)
+    torch.testing.assert_close(teacher, student, rtol=2e-3, atol=2e-3)
+
+
+def test_labels_of_an_edited_or_swapped_shard_are_refused(corpus: Path, store: Store, tmp_path: Path) -> None:
+    path = corpus / "unlabeled" / "unlabeled-1.tar"
+    whole = path.read_bytes()
+    spoiled = bytearray(whole)
+    spoiled[512 + 60] ^= 1  # one bit of one image: same size, same keys
+    path.write_bytes(spoiled)
+    with pytest.raises(StoreMismatch, match=r"unlabeled-1\.tar: its content is not what was annotated"):
+        _train(corpus, tmp_path / "run", store)
+    path.write_bytes((corpus / "unlabeled" / "unlabeled-2.tar").read_bytes())
+    with pytest.raises(StoreMismatch, match=r"unlabeled-1\.tar"):
+        _train(corpus, tmp_path / "run", store)
+    path.write_bytes(whole)
+    (store.root / "parts" / "unlabeled-1.parquet").unlink()
+    with pytest.raises(StoreMismatch, match="not annotated"):
+        _train(corpus, tmp_path / "run", store)
+
+
+def test_class_counts_must_agree(corpus: Path, store: Store, tmp_path: Path) -> None:
+    with pytest.raises(StoreMismatch, match="has 4 classes, 5 are asked for"):
+        _train(corpus, tmp_path / "run", store, classes=list("abcde"))
+    write_shard(corpus / "labeled" / "more.tar", [("x", {"png": digit_like(0, 0), "cls": b"4"})])
+    with pytest.raises(LabelError, match=r"'x': its label is 4, but there are 4 classes \(0 to 3\)"):
+        _train(corpus, tmp_path / "run", store)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"png": image_bytes()}, "has no label"),
+        ({"png": image_bytes(), "cls": b"dog"}, "'dog'"),
+        ({"png": image_bytes(), "cls": b"-1"}, "'-1'"),
+    ],
+)
+def test_a_labeled_set_needs_labels(corpus: Path, tmp_path: Path, fields: dict[str, bytes], message: str) -> None:
+    write_shard(corpus / "labeled" / "odd.tar", [("odd", fields)])
+    with pytest.raises(LabelError, match=f"odd.tar.*{message}"):
+        _train(corpus, tmp_path / "run")
+
+
+def test_missing_inputs_say_what_is_missing(corpus: Path, store: Store, tmp_path: Path) -> None:
+    unlabeled = list_shards(corpus / "unlabeled")
+    with pytest.raises(LabelError, match="nothing to train on"):
+        train(SMALL, tmp_path / "run")
+    with pytest.raises(LabelError, match="--labels"):
+        train(SMALL, tmp_path / "run", unlabeled=unlabeled)
+    with pytest.raises(LabelError, match="--unlabeled"):
+        train(SMALL, tmp_path / "run", store=store, labeled=list_shards(corpus / "labeled"))
+    with pytest.raises(LabelError, match="both as"):
+        train(
+            SMALL,
+            tmp_path / "run",
+            store=store,
+            labeled=unlabeled[:1],
+            unlabeled=unlabeled,
+        )
+    with pytest.raises(SpecError, match="fp16 needs a GPU"):
+        _train(corpus, tmp_path / "run", settings=SMALL.model_copy(update={"precision": "fp16"}))
+
+
+def test_labeled_shards_in_the_store_take_part_in_both_terms(corpus: Path, tmp_path: Path) -> None:
+    """A row with a label and a soft label counts in CE and in KL."""
+    model = make_model(tmp_path / "teacher")
+    both = [*list_shards(corpus / "labeled"), *list_shards(corpus / "unlabeled")]
+    annotate(both, parse_teacher(f"checkpoint:{model}"), tmp_path / "store", engine=LocalEngine("cpu", 1))
+    store = open_store(tmp_path / "store")
+    labeled = check_annotated(list_shards(corpus / "labeled"), store)
+    data = TrainingData(labeled, check_annotated(list_shards(corpus / "unlabeled"), store), store, 4)
+    batch = TrainingBatches(
+        data, square(12, 1), AugmentSettings(), batch_size=8, labeled_fraction=0.5, seed=0, steps=1
+    )[0]
+    assert batch.targets is not None
+    assert len(batch.targets) == 8
+    assert (batch.labels_B >= 0).sum() == 4
+    assert _train(corpus, tmp_path / "run", store).steps == 12
+
+
+@pytest.mark.parametrize("sizes", [[5], [3, 0, 7, 1], [1000, 1, 999]])
+def test_an_epoch_has_every_row_once_and_epochs_differ(sizes: list[int]) -> None:
+    order = RowOrder(sizes, seed=1)
+    total = sum(sizes)
+    epochs = [order.rows(epoch * total, total) for epoch in range(3)]
+    wanted = sorted((shard, row) for shard, size in enumerate(sizes) for row in range(size))
+    assert all(sorted(map(tuple, epoch.tolist())) == wanted for epoch in epochs)
+    if total > 5:
+        assert epochs[0].tolist() != epochs[1].tolist()
+
+
+def test_any_piece_of_the_order_can_be_had_alone() -> None:
+    """Resuming is arithmetic: no draw depends on an earlier one. Windows are forced small to cross their borders."""
+    sizes = [70_000, 70_000, 30, 130_000, 5]
+    whole = RowOrder(sizes, seed=2).rows(0, 600_000)
+    fresh = RowOrder(sizes, seed=2)
+    for start in (599_000, 130_990, 270_000, 0, 412_345):
+        assert fresh.rows(start, 1000).tolist() == whole[start : start + 1000].tolist()
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "fraction", "wanted"),
+    [
+        (256, 0.125, (32, 224)),
+        (256, 0.0, (0, 256)),
+        (4, 0.01, (1, 3)),
+        (4, 1.0, (3, 1)),
+        (1, 0.5, (0, 1)),
+        (2, 0.9, (1, 1)),
+    ],
+)
+def test_split_batch(batch_size: int, fraction: float, wanted: tuple[int, int]) -> None:
+    assert split_batch(batch_size, fraction, has_labeled=True, has_pseudo=True) == wanted
+
+
+def test_learning_rate_warms_up_and_ends_at_zero() -> None:
+    settings = TrainSettings(lr=1.0, warmup_fraction=0.1)
+    rates = [learning_rate(settings, step, 100) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == rates[10] == 1.0
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert 0 < rates[-1] < 0.001
+
+
+@pytest.mark.parametrize("crop", ["pad", "resized", "none"])
+def test_augmentations_keep_shape_and_type(corpus: Path, store: Store, crop: str) -> None:
+    data = TrainingData([], check_annotated(list_shards(corpus / "unlabeled"), store), store, 4)
+    augment = AugmentSettings(crop=crop, randaugment=9, erasing=1.0)  # type: ignore[arg-type]
+    batch = TrainingBatches(data, square(16, 3), augment, batch_size=6, labeled_fraction=0, seed=0, steps=1)[0]
+    assert batch.pixels_BCHW.shape == (6, 3, 16, 16)
+    assert batch.pixels_BCHW.dtype == torch.uint8
+
+
+def test_every_encoding_trains(corpus: Path, tmp_path: Path) -> None:
+    model = make_model(tmp_path / "teacher")
+    for name in ("dense", "topk:1", "topk:4"):
+        labels = _annotated(corpus, tmp_path / f"store-{name}", model, name)
+        assert parse_encoding(labels.identity.encoding).name == name
+        assert _train(corpus, tmp_path / f"run-{name}", labels, SMALL.model_copy(update={"steps": 2})).steps == 2
