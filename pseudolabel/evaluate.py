@@ -80,12 +80,11 @@ def evaluate(
             predictions.append(logits_BC.argmax(-1))
     counts_CC = confusion.compute()
     samples = int(counts_CC.sum())
-    per_class = [
-        float(counts_CC[c, c] / counts_CC[c].sum()) if counts_CC[c].sum() else None for c in range(num_classes)
-    ]
+    right, of_class = counts_CC.diag().tolist(), counts_CC.sum(1).tolist()
+    per_class = [hits / total if total else None for hits, total in zip(right, of_class, strict=True)]
     return Evaluation(
         samples=samples,
-        accuracy=float(counts_CC.trace() / samples),
+        accuracy=sum(right) / samples,
         top5=in_top5 / samples,
         nll=nll / samples,
         ece=float(calibration.compute()),

@@ -15,6 +15,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from pseudolabel import storage
 from pseudolabel.errors import PseudolabelError, StoreError
 
@@ -135,18 +138,12 @@ def _grid(root: Path, content: dict[str, Any]) -> list[tuple[str, list[_Shown]]]
         return []
     part = store.read(name)
     encoding = parse_encoding(store.identity.encoding)
-    order = part["confidence"].to_numpy().argsort()
-    middle = len(order) // 4
-    chosen = {
-        "sure": order[::-1][:_SHOWN_PER_ROW],
-        "in doubt": order[middle : middle + _SHOWN_PER_ROW],
-        "lost": order[:_SHOWN_PER_ROW],
-    }
+    chosen = _choose(part["confidence"].to_numpy(), part["pred"].to_numpy())
     grid = []
     with ShardFile(shards[name]) as opened:
         for title, rows in chosen.items():
             shown = []
-            for row in rows.tolist():
+            for row in rows:
                 columns = {
                     field.name: _column(part, field.name, row) for field in encoding.fields(store.identity.num_classes)
                 }
@@ -157,6 +154,18 @@ def _grid(root: Path, content: dict[str, Any]) -> list[tuple[str, list[_Shown]]]
                 shown.append(_Shown(_data_uri(sample.fields), sample.key, labels))
             grid.append((title, shown))
     return grid
+
+
+def _choose(confidence_N: NDArray[np.float32], pred_N: NDArray[np.int32]) -> dict[str, list[int]]:
+    """Rows to show: the surest of each class, some around the tenth percentile, the least sure."""
+    order = confidence_N.argsort(kind="stable")
+    surest = {int(pred_N[row]): int(row) for row in order}  # the last one of a class stays
+    doubt = max(len(order) // 10 - _SHOWN_PER_ROW // 2, 0)
+    return {
+        "sure": list(surest.values())[:_SHOWN_PER_ROW],
+        "in doubt": order[doubt : doubt + _SHOWN_PER_ROW].tolist(),
+        "lost": order[:_SHOWN_PER_ROW].tolist(),
+    }
 
 
 def _column(part: Any, name: str, row: int) -> Any:

@@ -1,0 +1,149 @@
+"""The whole pipeline on a small corpus, and the demo's data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import Cli, make_model
+
+from pseudolabel.demo import load_demo_recipe, pack_bundled
+from pseudolabel.display import Display
+from pseudolabel.engines.local import LocalEngine
+from pseudolabel.errors import OutputExists, StoreError
+from pseudolabel.labels.store import open_store
+from pseudolabel.recipe import Recipe, load_recipe
+from pseudolabel.report import write_report
+from pseudolabel.rounds import Place, RunResult, run, table
+from pseudolabel.shards import list_shards, read_samples
+
+PLACE = Place(LocalEngine("cpu", 1), threads=1)
+STUDENT = (
+    'student = "small:resnet8?width=4"\nimage_size = 12\nchannels = 1\nbatch_size = 16\nsteps = 6\neval_every = 3\n'
+)
+
+
+@pytest.fixture
+def recipe_file(corpus: Path, tmp_path: Path) -> Path:
+    data = "".join(f'{split} = "{corpus / split}"\n' for split in ("labeled", "unlabeled", "val"))
+    path = tmp_path / "recipe.toml"
+    path.write_text(
+        f'[data]\n{data}test = "{corpus / "val"}"\n[teacher.train]\n{STUDENT}[train]\n{STUDENT}[rounds]\ncount = 2\n'
+    )
+    return path
+
+
+def _run(recipe: Recipe, out: Path) -> RunResult:
+    return run(recipe, out, PLACE, Display())
+
+
+def test_rounds_hand_the_student_on_as_teacher(recipe_file: Path, tmp_path: Path) -> None:
+    result = _run(load_recipe(recipe_file), tmp_path / "run")
+    assert [row.round for row in result.rounds] == [1, 2]
+    assert result.teacher is not None
+    assert result.control is not None
+    identities = [open_store(tmp_path / "run" / f"round-{number}" / "store").identity.teacher for number in (1, 2)]
+    cards = [
+        json.loads((tmp_path / "run" / name / "model.json").read_text()) for name in ("teacher", "round-1/student")
+    ]
+    assert [one["weights_sha256"] for one in identities] == [card["weights_sha256"] for card in cards]
+    assert identities[0] != identities[1]
+    names = [row["name"] for row in table(result)]
+    assert names == ["teacher", "round 1", "round 2", "control"]
+    for row in table(result)[:-1]:
+        assert row["gain"] == pytest.approx(row["test_accuracy"] - result.control.test_accuracy)
+
+
+def test_the_control_takes_as_many_steps_without_soft_labels(recipe_file: Path, tmp_path: Path) -> None:
+    """With epochs in the recipe: the control gets the student's number of steps, not its own epochs."""
+    overrides = ["train.epochs=2", "rounds.count=1"]
+    text = recipe_file.read_text().replace("[train]\n" + STUDENT, "[train]\n" + STUDENT.replace("steps = 6\n", ""))
+    recipe_file.write_text(text)
+    result = _run(load_recipe(recipe_file, overrides), tmp_path / "run")
+    steps = [
+        json.loads((tmp_path / "run" / name / "run.json").read_text())["result"]["steps"]
+        for name in ("round-1/student", "control")
+    ]
+    assert steps[0] == steps[1] == round(2 * 72 / 14)
+    identity = json.loads((tmp_path / "run" / "control" / "run.json").read_text())["identity"]
+    assert identity["store"] is None
+    assert result.control is not None
+
+
+def test_finished_stages_are_skipped_and_another_recipe_is_refused(recipe_file: Path, tmp_path: Path) -> None:
+    first = _run(load_recipe(recipe_file), tmp_path / "run")
+    stamps = {
+        path: path.stat().st_mtime_ns
+        for path in (tmp_path / "run").rglob("*")
+        if path.suffix in (".parquet", ".safetensors")
+    }
+    again = _run(load_recipe(recipe_file), tmp_path / "run")
+    assert [row.test_accuracy for row in again.rounds] == [row.test_accuracy for row in first.rounds]
+    assert stamps == {path: path.stat().st_mtime_ns for path in stamps}
+    with pytest.raises(OutputExists, match="another recipe"):
+        _run(load_recipe(recipe_file, ["train.lr=0.5"]), tmp_path / "run")
+
+
+def test_a_given_teacher_and_no_control(recipe_file: Path, tmp_path: Path) -> None:
+    model = make_model(tmp_path / "given")
+    text = recipe_file.read_text().replace(
+        "[teacher.train]\n" + STUDENT, f'[teacher]\nspecs = ["checkpoint:{model}"]\n'
+    )
+    recipe_file.write_text(text)
+    result = _run(load_recipe(recipe_file, ["rounds.count=1", "rounds.control=false"]), tmp_path / "run")
+    assert result.control is None
+    assert result.teacher is not None
+    assert result.teacher.test_accuracy is not None
+    assert "gain" in table(result)[0]
+
+
+def test_the_page_is_whole_and_needs_no_network(recipe_file: Path, tmp_path: Path) -> None:
+    _run(load_recipe(recipe_file, ["rounds.count=1"]), tmp_path / "run")
+    page = write_report(tmp_path / "run").read_text()
+    assert page.count('<img src="data:image/png;base64,') == 2 * 8 + len(set(_classes_of_first_part(tmp_path)))
+    assert "round 1" in page
+    assert "Plotly.newPlot" in page
+    assert 'src="http' not in page
+    assert "<h2>Recipe</h2>" in page
+    write_report(tmp_path / "run" / "round-1" / "student")
+    with pytest.raises(StoreError, match="no finished run"):
+        write_report(tmp_path)
+
+
+def _classes_of_first_part(root: Path) -> list[int]:
+    store = open_store(root / "run" / "round-1" / "store")
+    preds: list[int] = store.read(store.part_names()[0])["pred"].to_pylist()
+    return preds
+
+
+def test_run_as_a_command(recipe_file: Path, cli: Cli) -> None:
+    result, _ = cli("run", recipe_file, "--out", "run", "--set", "rounds.count=1", "--device", "cpu", "--threads", 1)
+    assert result["rounds"][0].keys() >= {"round", "val_accuracy", "test_accuracy"}
+    assert "test_accuracy" in result["control"]
+    assert (cli.cwd / "run" / "report.html").exists()
+    error, _ = cli("run", recipe_file, "--out", "run", "--set", "train.temprature=3", code=1)
+    assert "did you mean 'temperature'" in error["error"]["message"]
+
+
+def test_the_bundled_data_is_what_the_docs_say(tmp_path: Path) -> None:
+    pack_bundled(tmp_path / "shards")
+    counts = {}
+    for split in ("labeled", "unlabeled", "val", "test"):
+        samples = [sample for shard in list_shards(tmp_path / "shards" / split) for sample in read_samples(shard)]
+        counts[split] = len(samples)
+        assert all(("cls" in sample.fields) == (split != "unlabeled") for sample in samples)
+    assert counts == {"labeled": 500, "unlabeled": 12_000, "val": 1_000, "test": 3_500}
+    before = (tmp_path / "shards" / "dataset.json").stat().st_mtime_ns
+    pack_bundled(tmp_path / "shards")
+    assert (tmp_path / "shards" / "dataset.json").stat().st_mtime_ns == before
+    (tmp_path / "other").mkdir()
+    with pytest.raises(OutputExists):
+        pack_bundled(tmp_path / "other")
+
+
+@pytest.mark.parametrize("name", ["fashion_mnist", "from_labels_alone"])
+def test_bundled_recipes_load_with_the_demos_paths(tmp_path: Path, name: str) -> None:
+    recipe = load_demo_recipe(tmp_path, name)
+    assert recipe.data.test == str(tmp_path / "shards" / "test")
+    assert recipe.train.steps is not None
