@@ -50,7 +50,7 @@ def digit_like(label: int, seed: int) -> bytes:
 
 @pytest.fixture
 def make_shard(tmp_path: Path) -> Callable[..., Path]:
-    """Write a shard: `make_shard("a", [("key", {"png": …})])` under `tmp_path/shards`, or elsewhere with `directory=`."""
+    """Write a shard: `make_shard("a", [("key", {"png": …})])` under `tmp_path/shards` or `directory`."""
 
     def make(name: str, samples: Iterable[tuple[str, Mapping[str, bytes]]], directory: Path | None = None) -> Path:
         path = (directory or tmp_path / "shards") / f"{name}.tar"
@@ -104,7 +104,7 @@ class Cli:
         )
 
     def __call__(self, *args: object, code: int = 0, **options: Any) -> tuple[dict[str, Any], str]:
-        """Run with --json; returns the object and stderr. Whatever the exit code, there is no traceback and stdout is one object."""
+        """Run with --json; returns the object and stderr. There is never a traceback, and stdout is one object."""
         process = self.start(*args, "--json", **options)
         out, err = process.communicate(timeout=240)
         assert process.returncode == code, (args, process.returncode, out, err)

@@ -2,9 +2,9 @@
 
     python tests/killing.py annotate|train|run DIRECTORY
 
-The work runs in forked children, so that one import of torch serves a hundred kills. It is killed just before each step of the commit protocol (every fsync, rename,
-unlink and mkdir), then at 25 random moments. After each kill the same work runs again to its end, and what it leaves must equal the undisturbed
-result byte for byte.
+The work runs in forked children, so that one import of torch serves a hundred kills. It is killed just before each
+step of the commit protocol (every fsync, rename, unlink and mkdir), then at 25 random moments. After each kill the
+same work runs again to its end, and what it leaves must equal the undisturbed result byte for byte.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ RANDOM_KILLS = 25
 
 
 def in_child(work: Work, out: Path, *, kill_at_step: int | None = None, kill_after: float | None = None) -> bool:
-    """Run `work` in a forked child; returns whether it reached its end. Any other end than that or our kill is a failure."""
+    """Run `work` in a forked child; returns whether it reached its end. Any other end is a failure."""
     child = os.fork()
     if child == 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2 if kill_at_step or kill_after else 1)
@@ -86,7 +86,7 @@ def _kill_before_commit_step(number: int) -> None:
 
 
 def prove(work: Work, look: Callable[[Path], dict[str, str]], scratch: Path, stride: int) -> dict[str, int]:
-    """Kill at every `stride`-th commit step and at random moments; each resumed result must equal the undisturbed one."""
+    """Kill at every `stride`-th commit step and at random moments; each time the resumed result must be the same."""
     started = time.monotonic()
     assert in_child(work, scratch / "undisturbed")
     duration = time.monotonic() - started
@@ -115,7 +115,7 @@ def _killed_and_resumed(
 
 def files(root: Path, *patterns: str) -> dict[str, str]:
     """Hashes of the matching files by relative path; a leftover temporary file is a failure."""
-    leftover = [path for path in root.rglob(".*.tmp-*")]
+    leftover = list(root.rglob(".*.tmp-*"))
     assert not leftover, leftover
     paths = (path for pattern in patterns for path in root.glob(pattern))
     return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
@@ -167,9 +167,8 @@ def run_corpus(corpus: Path) -> tuple[Work, Callable[[Path], dict[str, str]]]:
     )
     data = "".join(f'{split} = "{corpus / split}"\n' for split in ("labeled", "unlabeled", "val"))
     recipe = corpus / "recipe.toml"
-    recipe.write_text(
-        f'[data]\n{data}test = "{corpus / "val"}"\n[teacher.train]\n{small}[train]\n{small}[rounds]\ncount = 2\nmax_reject_fraction = 1.0\n'
-    )
+    tables = f"[teacher.train]\n{small}[train]\n{small}[rounds]\ncount = 2\nmax_reject_fraction = 1.0\n"
+    recipe.write_text(f'[data]\n{data}test = "{corpus / "val"}"\n{tables}')
 
     def work(out: Path) -> None:
         run(load_recipe(recipe), out, Place(LocalEngine("cpu", 1), threads=1), Display())

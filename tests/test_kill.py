@@ -43,7 +43,7 @@ def long_corpus(tmp_path: Path) -> Path:
 def test_many_workers_are_stopped_and_go_on(
     cli: Cli, long_corpus: Path, teacher_dir: Path, sent: signal.Signals, code: int
 ) -> None:
-    """The command dies mid-run; no worker outlives it, only whole parts are left, and the end equals one worker's bytes."""
+    """The command dies mid-run; no worker outlives it, only whole parts are left, the end is one worker's bytes."""
     arguments = (
         "annotate",
         long_corpus,

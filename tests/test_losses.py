@@ -135,7 +135,7 @@ def test_mixture_of_a_batch_without_labels_is_not_nan() -> None:
 def test_nonsense_alpha_or_temperature_is_refused(alpha: float, temperature: float) -> None:
     with pytest.raises(SpecError):
         Mixture(alpha, temperature)
-    with pytest.raises(ValueError, match="alpha|temperature"):
+    with pytest.raises(ValueError, match=r"alpha|temperature"):
         kd_loss(
             torch.zeros(1, 2), torch.zeros(1, 2), torch.zeros(1, dtype=torch.long), alpha=alpha, temperature=temperature
         )

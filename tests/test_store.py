@@ -239,8 +239,8 @@ def test_the_committed_v1_store_stays_readable() -> None:
         assert opened.read(name).to_pylist() == rows
 
 
-def test_duckdb_polars_and_pandas_need_nothing_of_ours(filled: tuple[Store, list[Shard]]) -> None:
-    """Readable as is: plain pyarrow without our code gives the same rows (the readers named in the docs build on it)."""
+def test_parts_are_plain_parquet(filled: tuple[Store, list[Shard]]) -> None:
+    """Readable as one data set by whatever reads Parquet, without our code."""
     opened, _ = filled
     plain = pq.read_table(opened.root / "parts")
     assert plain.num_rows == 17
