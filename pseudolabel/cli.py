@@ -25,6 +25,7 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     help="Annotate unlabeled shards once with a big teacher, then train small students offline from its soft labels.",
     epilog="SHARDS is a directory, a glob, a brace range such as x-{000..099}.tar, or @list.txt.",
 )

@@ -8,19 +8,9 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.table import Table
-
 if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
     from pseudolabel.labeling import Progress as AnnotateProgress
     from pseudolabel.shards import Shard
     from pseudolabel.train import TrainProgress
@@ -32,6 +22,8 @@ class Display:
     """Progress of one command. On a terminal a live bar with rate and time left, elsewhere a line now and then."""
 
     def __init__(self) -> None:
+        from rich.console import Console
+
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
         self._live: Progress | None = None
         self._task: TaskID | None = None
@@ -82,6 +74,15 @@ class Display:
     def _open(self, total: int, unit: str) -> None:
         self._started = self._said = time.monotonic()
         if self.console.is_terminal:
+            from rich.progress import (
+                BarColumn,
+                MofNCompleteColumn,
+                Progress,
+                TextColumn,
+                TimeElapsedColumn,
+                TimeRemainingColumn,
+            )
+
             columns = (
                 BarColumn(),
                 MofNCompleteColumn(),
@@ -122,6 +123,9 @@ def print_pairs(values: Mapping[str, Any], file: Any) -> None:
 
 def print_rounds(rows: Sequence[Mapping[str, Any]], file: Any) -> None:
     """The final table of a run."""
+    from rich.console import Console
+    from rich.table import Table
+
     table = Table(box=None, pad_edge=False)
     for title in ("", "student", "parameters", "val", "test", "gain over labels alone"):
         table.add_column(title, justify="left" if title in ("", "student") else "right")

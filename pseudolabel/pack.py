@@ -7,7 +7,9 @@ label, and the rest lose it. Equal sources, options and seed give equal bytes.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -56,21 +58,25 @@ def pack(
         OutputExists: `out` holds a data set and `overwrite` is off.
     """
     directory = storage.local_path(out)
-    existing = [path for split in SPLITS for path in (directory / split).glob("*.tar")]
-    if (existing or (directory / "dataset.json").exists()) and not overwrite:
+    if (_shards(directory) or (directory / "dataset.json").exists()) and not overwrite:
         raise OutputExists(f"{directory}: holds shards already; choose another place, or replace them with --overwrite")
+    if samples_per_shard < 1:
+        raise SourceError(f"samples per shard is {samples_per_shard}; it can't be below 1")
+    if name.startswith(".") or "/" in name:
+        raise SourceError(f"{name!r} can't begin a shard's name: leave out slashes and a leading dot")
     found = read_source(storage.local_path(source), image_column=image_column, label_column=label_column)
+    for one in found.classes:
+        if one.splitlines() != [one.strip()]:
+            raise SourceError(f"the class name {one!r} won't fit on a line of classes.txt: rename the class")
     split = split_items(found.items, labels_per_class, val_fraction, test_fraction, seed)
-    for path in existing:
-        path.unlink()
     shards = 0
-    for part, items in split.items():
-        for number, start in enumerate(range(0, len(items), samples_per_shard)):
-            file = "-".join([*([name] if name else []), part, f"{number:06d}.tar"])
-            write_shard(
-                directory / part / file, _samples(items[start : start + samples_per_shard], labeled=part != "unlabeled")
-            )
-            shards += 1
+    with _replacing(directory) as new:  # an image that can't be read must not cost the data set that was there
+        for part, items in split.items():
+            for number, start in enumerate(range(0, len(items), samples_per_shard)):
+                file = "-".join([*([name] if name else []), part, f"{number:06d}.tar"])
+                chosen = items[start : start + samples_per_shard]
+                write_shard(new / part / file, _samples(chosen, labeled=part != "unlabeled"))
+                shards += 1
     counts = {part: len(items) for part, items in split.items()}
     result = PackResult(str(out), counts, shards, found.classes)
     options = {
@@ -86,11 +92,34 @@ def pack(
     return result
 
 
+@contextmanager
+def _replacing(directory: Path) -> Iterator[Path]:
+    """Yield an empty directory to write shards to. On success they take the place of those in `directory`."""
+    new = directory / ".packing"
+    shutil.rmtree(new, ignore_errors=True)
+    try:
+        yield new
+        with storage.explain_os_errors(directory, "writing"):
+            for path in (directory / "dataset.json", directory / "classes.txt", *_shards(directory)):
+                path.unlink(missing_ok=True)
+            for path in _shards(new):
+                target = directory / path.relative_to(new)
+                target.parent.mkdir(exist_ok=True)
+                path.rename(target)
+                storage.sync_directory(target.parent)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _shards(directory: Path) -> list[Path]:
+    return [path for split in SPLITS for path in (directory / split).glob("*.tar")]
+
+
 def split_items(
     items: Sequence[Item], labels_per_class: int | None, val_fraction: float, test_fraction: float, seed: int
 ) -> dict[str, list[Item]]:
     """Deal items out by class, shuffled by `seed`. Raises `SourceError` if a class has too few."""
-    if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction > 1:
+    if not (val_fraction >= 0 and test_fraction >= 0 and val_fraction + test_fraction <= 1):  # NaN is none of these
         raise SourceError(
             f"val fraction {val_fraction} and test fraction {test_fraction}: each must lie in [0, 1], "
             "and their sum, too"

@@ -7,8 +7,11 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import math
 import os
+import re
 import struct
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +26,7 @@ from pseudolabel.shards import IMAGE_FIELDS
 _MAGIC = {b"\xff\xd8\xff": "jpg", b"\x89PNG": "png", b"GIF8": "gif", b"BM": "bmp", b"II*\0": "tif", b"MM\0*": "tif"}
 _PATH_COLUMNS = ("path", "file", "filename", "filepath", "file_name", "image_path")
 _BYTES_COLUMNS = ("image", "bytes", "img", "jpg", "png", "data", "content")
+_MAX_CLASSES = 1 << 20
 _LABEL_COLUMNS = ("label", "class", "cls", "target", "y")
 
 
@@ -66,11 +70,13 @@ def read_source(source: Path, *, image_column: str | None = None, label_column: 
 def _folder(root: Path) -> Source:
     """Images below `root`; a first-level folder is a class. Flat images have no label."""
     found: list[tuple[str, Path]] = []
-    for directory, folders, files in os.walk(root):
-        folders.sort()
-        for name in sorted(files):
-            if not name.startswith(".") and name.rpartition(".")[2].lower() in IMAGE_FIELDS:
-                path = Path(directory, name)
+    for directory, folders, files in os.walk(root, onerror=_unreadable, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for path in (Path(directory, name) for name in folders):
+            if path.is_symlink() and Path(directory).resolve().is_relative_to(path.resolve()):
+                raise SourceError(f"{path}: this link leads back to a folder above it; remove it")
+        for path in (Path(directory, name) for name in sorted(files)):
+            if not path.name.startswith(".") and path.suffix[1:].lower() in IMAGE_FIELDS:
                 found.append((path.relative_to(root).as_posix(), path))
     if not found:
         raise SourceError(f"{root}: no images ({'/'.join(IMAGE_FIELDS)}) in this folder or below it")
@@ -83,7 +89,7 @@ def _folder(root: Path) -> Source:
         )
     classes = sorted({relative.split("/")[0] for relative, _ in found}) if all(in_folders) else []
     number = {name: index for index, name in enumerate(classes)}
-    keys = _unique(_key(relative.rpartition(".")[0]) for relative, _ in found)
+    keys = _unique([_key(relative.rpartition(".")[0]) for relative, _ in found])
     items = [
         Item(key, number.get(relative.split("/")[0]), _file_reader(path))
         for key, (relative, path) in zip(keys, found, strict=True)
@@ -91,12 +97,16 @@ def _folder(root: Path) -> Source:
     return Source(items, tuple(classes))
 
 
+def _unreadable(error: OSError) -> None:
+    raise SourceError(f"{error.filename}: this folder can't be read: {error.strerror}") from error
+
+
 def _file_reader(path: Path) -> Callable[[], tuple[str, bytes]]:
     def read() -> tuple[str, bytes]:
         try:
             return path.suffix[1:].lower(), path.read_bytes()
-        except OSError as error:
-            raise SourceError(f"{path}: can't be read: {error.strerror or error}") from error
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+            raise SourceError(f"{path}: can't be read: {getattr(error, 'strerror', None) or error}") from error
 
     return read
 
@@ -172,6 +182,9 @@ def _cell(path: Path, row: int, values: Any) -> tuple[str, Callable[[], tuple[st
             return _sniff(f"{path}: row {row}", value), value
         if not value:
             raise SourceError(f"{path}: row {row} names no image")
+        if not isinstance(value, str):
+            kind = type(value).__name__
+            raise SourceError(f"{path}: row {row} holds a {kind}; paths or bytes are wanted: see --image-column")
         file = path.parent / value
         if file.suffix[1:].lower() not in IMAGE_FIELDS:
             raise SourceError(f"{path}: row {row}: {value!r} is no image file ({'/'.join(IMAGE_FIELDS)})")
@@ -195,18 +208,22 @@ def _sniff(where: str, data: bytes) -> str:
 def _labels(path: Path, column: Any) -> tuple[list[int | None], list[str]]:
     """Numbers stay as they are, names are numbered in sorted order; empty cells have no label."""
     values = column.to_pylist() if hasattr(column, "to_pylist") else list(column)
-    values = [None if value is None or value == "" else value for value in values]
+    values = [None if value in (None, "") or value != value else value for value in values]  # NaN is not itself
     present = [value for value in values if value is not None]
     try:
         numbers = [int(value) for value in present if not isinstance(value, float) or value.is_integer()]
     except ValueError:
         numbers = []
+    except TypeError as error:
+        raise SourceError(f"{path}: a label is neither a number nor a name: {error}") from error
     if len(numbers) == len(present):
         if min(numbers, default=0) < 0:
             raise SourceError(
                 f"{path}: a label is {min(numbers)}; class numbers start at 0 (leave the cell empty "
                 "where there is no label)"
             )
+        if max(numbers, default=0) >= _MAX_CLASSES:
+            raise SourceError(f"{path}: a label is {max(numbers)}: are these ids? choose another --label-column")
         classes = [str(index) for index in range(max(numbers, default=-1) + 1)]
         return [None if value is None else int(value) for value in values], classes
     names = sorted({str(value) for value in present})
@@ -249,23 +266,37 @@ def read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
         data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
         zero, kind, found = struct.unpack(">HBB", data[:4])
         shape = struct.unpack(f">{found}I", data[4 : 4 + 4 * found])
-    except (OSError, EOFError, struct.error) as error:
+    except (OSError, EOFError, struct.error, zlib.error) as error:
         raise SourceError(f"{path}: can't be read as IDX: {error}") from error
     if zero != 0 or kind != 8 or found != dimensions:
         raise SourceError(f"{path}: not an IDX file of unsigned bytes with {dimensions} dimensions")
     values = np.frombuffer(data, np.uint8, offset=4 + 4 * found)
-    if values.size != int(np.prod(shape)):
+    if values.size != math.prod(shape):
         raise SourceError(f"{path}: {values.size} bytes for a shape of {shape}: truncated?")
+    if values.size == 0:
+        raise SourceError(f"{path}: is empty, its shape is {shape}")
     return values.reshape(shape)
 
 
 def _key(text: str) -> str:
     """A path as a sample key: a dot would end the key, and webdataset skips names that start with `__`."""
-    return text.replace("\\", "/").lstrip("/").replace(".", "%2E").replace("__", "_")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise SourceError(f"{os.fsencode(text)!r}: this name is not UTF-8; rename the file or its folder") from error
+    return re.sub("_{2,}", "_", text.replace("\\", "/").lstrip("/").replace(".", "%2E"))
 
 
-def _unique(keys: Any) -> Iterator[str]:
-    seen: dict[str, int] = {}
+def _unique(keys: Sequence[str]) -> Iterator[str]:
+    """The keys; one that occurs again gets ~2, ~3, …, as far as that is nobody's own name."""
+    taken, number = set(keys), dict[str, int]()
     for key in keys:
-        seen[key] = seen.get(key, 0) + 1
-        yield key if seen[key] == 1 else f"{key}~{seen[key]}"
+        unique = key
+        if key in number:
+            while unique in taken:
+                unique = f"{key}~{number[key]}"
+                number[key] += 1
+            taken.add(unique)
+        else:
+            number[key] = 2
+        yield unique

@@ -71,7 +71,7 @@ def atomic_file(target: Path) -> Iterator[Path]:
             with open(temporary, "rb") as written:  # a writer may have replaced the inode we hold
                 os.fsync(written.fileno())
             os.replace(temporary, target)
-            _sync_directory(target.parent)
+            sync_directory(target.parent)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
@@ -112,7 +112,8 @@ def _locked_temporary(target: Path) -> tuple[Path, int]:
         os.close(descriptor)
 
 
-def _sync_directory(directory: Path) -> None:
+def sync_directory(directory: Path) -> None:
+    """Make renames and new names in `directory` survive a power cut."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -95,11 +95,11 @@ def train(
     steps = _number_of_steps(settings, data)
     identity = _identity(settings, data, validation, names)
     run = RunDirectory(storage.local_path(out), "train", identity)
-    if (finished := run.start(overwrite=overwrite)) is not None:
-        return TrainResult(**finished["result"])
-    run.write_settings(settings.model_dump(mode="json", exclude_none=True))
     with _threads(threads, device):
         loop = _Loop(settings, card, data, validation, run, steps, torch.device(device), workers)
+        if (finished := run.start(overwrite=overwrite)) is not None:
+            return TrainResult(**{**finished["result"], "run": str(out)})
+        run.write_settings(settings.model_dump(mode="json", exclude_none=True))
         best_step, accuracy, earlier = loop.run_to_the_end(on_progress)
         save_model(run.path, card, loop.best_body())
     parameters = sum(parameter.numel() for parameter in loop.body.parameters())
@@ -187,6 +187,7 @@ class _Loop:
             device,
             workers,
         )
+        self._num_classes = len(card.classes)
         torch.manual_seed(settings.seed)
         self.body = card.build().to(device).to(memory_format=torch.channels_last)
         self._normalize = Normalize(card.preprocessing).to(device)
@@ -258,6 +259,11 @@ class _Loop:
         pixels_BCHW = self._normalize(batch.pixels_BCHW).contiguous(memory_format=torch.channels_last)
         with torch.autocast(self._device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
             logits_BC = self.body(pixels_BCHW)
+        if not isinstance(logits_BC, Tensor) or logits_BC.shape != (len(batch.labels_B), self._num_classes):
+            found = tuple(logits_BC.shape) if isinstance(logits_BC, Tensor) else type(logits_BC).__name__
+            raise SpecError(
+                f"{self._settings.student}: must give logits of shape (batch, {self._num_classes}), gave {found}"
+            )
         loss = self._mixture(logits_BC, batch.labels_B, batch.targets, batch.soft_weight_B)
         self._optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(self._scaler.scale(loss))
