@@ -56,9 +56,9 @@ def garments(shard: Shard) -> list[bytes]:
     return [sample.fields["png"] for sample in read_samples(shard)]
 
 
-def write_shards(directory: Path, images: Sequence[bytes], field: str, *, rows: int, count: int) -> list[Shard]:
+def write_shards(directory: Path, images: Sequence[bytes], *, rows: int, count: int) -> list[Shard]:
     """`count` shards with names of their own, all of the same `rows` samples: `images` over and over."""
-    first = directory / "first" / "shard.tar"
+    first, field = directory / "first" / "shard.tar", "png" if images[0].startswith(b"\x89PNG") else "jpg"
     write_shard(first, ((f"{row:06d}", {field: images[row % len(images)]}) for row in range(rows)))
     shards = []
     for number in range(count):

@@ -59,7 +59,9 @@ class Report:
 
 
 def _cell(value: str | float | None) -> str:
-    return "–" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+    return "–" if value is None else value
 
 
 def median(values: Iterable[float]) -> float:
@@ -68,17 +70,17 @@ def median(values: Iterable[float]) -> float:
 
 
 class Rates(NamedTuple):
-    """Images per second of wall time, and of this process's CPU time, which a busy machine distorts less."""
+    """Images or steps per second of wall time, and of this process's CPU time, which a busy machine distorts less."""
 
     wall: float
     cpu: float
 
 
 def rates_of(work: Callable[[], int], device: str, seconds: float) -> Rates:
-    """Repeat `work`, which returns how many images it did, for `seconds` or a little more."""
-    images, wall, cpu = 0, time.perf_counter(), time.process_time()
+    """Repeat `work`, which returns how much it did, for `seconds` or a little more."""
+    done, wall, cpu = 0, time.perf_counter(), time.process_time()
     while time.perf_counter() - wall < seconds:
-        images += work()
+        done += work()
         if device != "cpu":
             torch.cuda.synchronize(device)
-    return Rates(images / (time.perf_counter() - wall), images / (time.process_time() - cpu))
+    return Rates(done / (time.perf_counter() - wall), done / (time.process_time() - cpu))

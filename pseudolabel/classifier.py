@@ -57,10 +57,9 @@ def make_classifier(
     try:
         with torch.no_grad():
             probe = model(torch.zeros(shape, dtype=torch.uint8, device=device))
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise SpecError(
-            f"{architecture}: the model fails on an input of shape {shape}: {str(error).splitlines()[0]}"
-        ) from error
+    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise SpecError(f"{architecture}: the model fails on an input of shape {shape}: {reason}") from error
     if not isinstance(probe, Tensor) or probe.ndim != 2 or probe.shape[0] != 1:
         found = tuple(probe.shape) if isinstance(probe, Tensor) else type(probe).__name__
         raise SpecError(

@@ -34,8 +34,12 @@ Shards = Annotated[list[str], typer.Argument(metavar="SHARDS...", help="director
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout, all else on stderr")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace what is there")]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; all cores if not given")]
-LoaderWorkers = Annotated[int | None, typer.Option(min=0, help="loader processes; 0 on a CPU, up to 8 beside a GPU")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="CPU threads that train; the cores that load no data if not given")
+]
+LoaderWorkers = Annotated[
+    int | None, typer.Option(min=0, help="loader processes; 1 if there are cores to spare, up to 8 beside a GPU")
+]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=C", help="override a value of the recipe; may be repeated")
 ]
@@ -322,16 +326,14 @@ def _train_settings(recipe: Path | None, given: Mapping[str, Any]) -> TrainSetti
 
 
 def _place(device: str, workers: int | None, threads: int | None) -> dict[str, Any]:
-    """Where to train: loader processes pay beside a GPU; on a CPU they would take the cores that train."""
+    """Where to train. On a CPU one core loads and the others train: two thread pools on the same cores can be forty
+    times slower than one."""
     from pseudolabel.engines.local import available_cores, resolve_device
 
-    resolved = resolve_device(device)
-    cores = available_cores()
-    return {
-        "device": resolved,
-        "workers": workers if workers is not None else (0 if resolved == "cpu" else max(1, min(8, cores - 1))),
-        "threads": threads if threads is not None else cores,
-    }
+    resolved, cores = resolve_device(device), available_cores()
+    if workers is None:
+        workers = min(1 if resolved == "cpu" else 8, cores - 1)
+    return {"device": resolved, "workers": workers, "threads": threads or max(1, cores - workers)}
 
 
 @_command

@@ -102,18 +102,18 @@ class _Rows:
         self, start: int, count: int, prepare: Callable[[Tensor], Tensor]
     ) -> tuple[list[Tensor], Tensor, dict[str, Tensor]]:
         """Prepared images, labels (count,) and the stored columns, each (count, …), of `count` rows of the order."""
-        pairs = torch.from_numpy(self._order.rows(start, count))
+        pairs = self._order.rows(start, count)
         images = [self._get(shard).image(row, prepare) for shard, row in pairs.tolist()]
-        labels = torch.empty(count, dtype=torch.int64)
-        columns: dict[str, Tensor] = {}
-        for shard in sorted(set(pairs[:, 0].tolist())):
-            opened, here = self._get(shard), pairs[:, 0] == shard
-            rows = pairs[here, 1]
-            labels[here] = opened.labels[rows]
-            for name, values in opened.columns.items():
-                if name not in columns:
-                    columns[name] = torch.empty((count, *values.shape[1:]), dtype=values.dtype)
-                columns[name][here] = values[rows]
+        order = pairs[:, 0].argsort(kind="stable")  # shard by shard, then back into place
+        shards, starts = np.unique(pairs[order, 0], return_index=True)
+        pieces: dict[str, list[Tensor]] = {}
+        for shard, rows in zip(shards.tolist(), np.split(pairs[order, 1], starts[1:]), strict=True):
+            opened = self._get(shard)
+            for name, values in {"label": opened.labels, **opened.columns}.items():
+                pieces.setdefault(name, []).append(values[torch.from_numpy(rows)])
+        back = torch.from_numpy(order.argsort())
+        columns = {name: torch.cat(found)[back] for name, found in pieces.items()}
+        labels = columns.pop("label")
         return images, labels, columns
 
     def _get(self, shard: int) -> _OpenShard:

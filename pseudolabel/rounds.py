@@ -23,8 +23,9 @@ from typing import Any, Protocol
 
 import tomli_w
 
-from pseudolabel import storage
+from pseudolabel import specs, storage
 from pseudolabel.annotate import Progress, annotate
+from pseudolabel.checkpoint import read_card
 from pseudolabel.errors import OutputExists, RecipeError
 from pseudolabel.evaluate import Evaluation, evaluate
 from pseudolabel.interfaces import Engine, Teacher
@@ -160,13 +161,16 @@ class _Pipeline:
         )
 
     def _given_teacher(self, uris: list[str]) -> Round | None:
-        if len(uris) != 1 or not uris[0].startswith("checkpoint:"):
+        """A row for the table, where the teacher is one of our models."""
+        spec = specs.parse(uris[0])
+        if len(uris) != 1 or spec.scheme != "checkpoint" or "@" in spec.name:
             return None
-        directory = storage.local_path(uris[0].removeprefix("checkpoint:"))
+        directory = storage.local_path(spec.name)
         self.watcher.stage("teacher: evaluating")
-        card = json.loads((directory / "model.json").read_text()) if (directory / "model.json").exists() else {}
         val, test = self._accuracy(directory, self.val), self._accuracy(directory, self.test)
-        return Round(0, "given", card.get("student", ""), card.get("parameters", 0), val, test, 0.0)
+        card, _ = read_card(directory)
+        parameters = sum(parameter.numel() for parameter in card.build().parameters())
+        return Round(0, "given", card.student, parameters, val, test, 0.0)
 
     def round(self, number: int, teacher_uris: list[str]) -> tuple[Round, TrainResult]:
         """Annotate the unlabeled shards with the teacher, train a student from the soft labels."""
@@ -227,7 +231,6 @@ class _Pipeline:
         )
 
     def _accuracy(self, directory: Path, shards: list[Shard] | None) -> float | None:
-        """Evaluated once and kept beside the model."""
         if shards is None:
             return None
         found: Evaluation = evaluate(directory, shards, device=self.place.device)

@@ -83,7 +83,10 @@ class RunDirectory:
         return None
 
     def write_settings(self, settings: Mapping[str, Any]) -> None:
-        storage.write_atomic(self.path / "recipe.toml", tomli_w.dumps({"train": settings}))
+        path = self.path / "recipe.toml"
+        if self.state_path.exists() and path.exists():
+            return  # of the run that is resumed, or of another one, which `check` will refuse
+        storage.write_atomic(path, tomli_w.dumps({"train": settings}))
 
     def log(self, record: Mapping[str, Any]) -> None:
         path = self.path / "metrics.jsonl"

@@ -73,7 +73,7 @@ def _folder(root: Path) -> Source:
     for directory, folders, files in os.walk(root, onerror=_unreadable, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for path in (Path(directory, name) for name in folders):
-            if path.is_symlink() and Path(directory).resolve().is_relative_to(path.resolve()):
+            if path.is_symlink() and path.resolve() in {above.resolve() for above in path.parents}:
                 raise SourceError(f"{path}: this link leads back to a folder above it; remove it")
         for path in (Path(directory, name) for name in sorted(files)):
             if not path.name.startswith(".") and path.suffix[1:].lower() in IMAGE_FIELDS:
@@ -265,11 +265,11 @@ def read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
         data = path.read_bytes()
         data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
         zero, kind, found = struct.unpack(">HBB", data[:4])
+        if zero != 0 or kind != 8 or found != dimensions:
+            raise SourceError(f"{path}: not an IDX file of unsigned bytes with {dimensions} dimensions")
         shape = struct.unpack(f">{found}I", data[4 : 4 + 4 * found])
     except (OSError, EOFError, struct.error, zlib.error) as error:
         raise SourceError(f"{path}: can't be read as IDX: {error}") from error
-    if zero != 0 or kind != 8 or found != dimensions:
-        raise SourceError(f"{path}: not an IDX file of unsigned bytes with {dimensions} dimensions")
     values = np.frombuffer(data, np.uint8, offset=4 + 4 * found)
     if values.size != math.prod(shape):
         raise SourceError(f"{path}: {values.size} bytes for a shape of {shape}: truncated?")

@@ -51,8 +51,8 @@ def _remedy(error: OSError) -> str:
         return "free some space there and run the same command again; finished work is kept"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return "choose a place you may write to, or change its permissions"
-    if error.errno == errno.ENOENT:
-        return "check the path"
+    if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EEXIST):
+        return "check the path: part of it is missing, or a file where a directory should be"
     return "check the disk, then run the same command again; finished work is kept"
 
 

@@ -227,8 +227,12 @@ def test_a_known_error_in_a_real_process_is_a_few_lines_and_exit_code_1(cli: Cli
     assert len(err.splitlines()) <= 5
 
 
-def test_an_interrupt_ends_with_130_and_the_same_command_goes_on(tmp_path: Path, corpus: Path, cli: Cli) -> None:
-    """With --json an interrupted command owes its one object, too."""
+def test_an_interrupt_ends_with_130_and_what_is_left_goes_on_as_the_same_run_only(
+    tmp_path: Path, corpus: Path, cli: Cli, refuse: Refuse
+) -> None:
+    """With --json an interrupted command owes its one object, too. Another training in the same directory, though
+    refused, once left its recipe there.
+    """
     run = tmp_path / "run"
     command = (
         "train",
@@ -253,8 +257,11 @@ def test_an_interrupt_ends_with_130_and_the_same_command_goes_on(tmp_path: Path,
     assert json.loads(out)["error"]["kind"] == "Interrupted"
     assert "the same command goes on from here" in err
     assert "Traceback" not in err
-    assert (run / "checkpoint" / "state.safetensors").exists()
-    assert not (run / "run.json").exists()
+    assert {path.name for path in run.iterdir()} == {"checkpoint", "metrics.jsonl", "recipe.toml"}
+    content = {path: path.read_bytes() for path in run.rglob("*.*")}
+    other = ("train", "--out", run, "--labeled", corpus / "labeled", *FEW, "--steps", 5, "--eval-every", 20)
+    refuse(*other, kind="OutputExists", said="steps: 100000 there, 5 now")
+    assert {path: path.read_bytes() for path in run.rglob("*.*")} == content
 
 
 # --- usage errors
@@ -497,8 +504,8 @@ def _truncate(content: bytes) -> bytes:
 def _flip(content: bytes) -> bytes:
     """One bit that changes soft labels; Parquet's own reader takes the file without a complaint."""
     whole = pq.read_table(io.BytesIO(content))
-    for place in range(len(content) // 2, len(content)):
-        flipped = content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :]
+    for place in range(len(content)):
+        flipped = content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
         try:
             found = pq.read_table(io.BytesIO(flipped))
         except (pa.ArrowException, OSError):
@@ -688,18 +695,23 @@ def test_evaluate_needs_a_model(tmp_path: Path, corpus: Path, refuse: Refuse) ->
 
 
 def test_evaluate_measures_a_model_and_its_agreement_with_a_store(
-    tmp_path: Path, corpus: Path, teacher_dir: Path, answer: Callable[..., dict[str, Any]], refuse: Refuse
+    tmp_path: Path, corpus: Path, answer: Callable[..., dict[str, Any]], refuse: Refuse
 ) -> None:
-    """A teacher agrees with its own store in every row, another model doesn't; the figures fit each other."""
-    store = _annotated(corpus / "val", teacher_dir, tmp_path / "val-store")
-    own = answer("evaluate", teacher_dir, corpus / "val", "--labels", store, "--device", "cpu")
-    other = answer("evaluate", make_model(tmp_path / "m", seed=3), corpus / "val", "--labels", store, "--batch-size", 5)
+    """A teacher agrees with its own store in every row, over several shards; another model doesn't."""
+    teacher = tmp_path / "teacher"
+    answer("train", "--out", teacher, "--labeled", corpus / "labeled", *FEW, "--steps", 30)
+    store = _annotated(corpus / "labeled", teacher, tmp_path / "store")
+    said = "val-0.tar: not annotated in"
+    refuse("evaluate", teacher, corpus / "val", "--labels", store, kind="StoreMismatch", said=said)
+    _annotated(corpus / "val", teacher, store)
+    shards = (corpus / "labeled", corpus / "val", "--labels", store, "--device", "cpu")
+    own = answer("evaluate", teacher, *shards)
+    other = answer("evaluate", make_model(tmp_path / "m", seed=3), *shards, "--batch-size", 5)
     assert own["agreement"] == 1.0 > other["agreement"]
+    assert own["accuracy"] > 0.5, "with one class for all images, agreement would show nothing"
     for found in (own, other):
-        assert found["accuracy"] == sum(row[index] for index, row in enumerate(found["confusion"])) / 24
-        assert found["per_class"] == [row[index] / 6 for index, row in enumerate(found["confusion"])]
-    said = "labeled-0.tar: not annotated in"
-    refuse("evaluate", teacher_dir, corpus / "labeled", "--labels", store, kind="StoreMismatch", said=said)
+        assert found["accuracy"] == sum(row[index] for index, row in enumerate(found["confusion"])) / 48
+        assert found["per_class"] == [row[index] / 12 for index, row in enumerate(found["confusion"])]
 
 
 def test_people_read_results_on_stdout(corpus: Path, teacher_dir: Path, store: Path, invoke: Invoke) -> None:

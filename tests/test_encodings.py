@@ -92,6 +92,20 @@ def test_a_wild_tail_stays_below_what_its_largest_logit_allows() -> None:
     assert float(full[0, 0]) > float(full[0, 2:].max())
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_a_tiny_tail_never_vanishes(temperature: float) -> None:
+    """float16 of the kept logits can say that they are all there is: log 0, and an infinite KL."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.cat(
+        [12 + torch.randn(4000, 1, generator=generator), 2 * torch.randn(4000, 9, generator=generator)], -1
+    )
+    columns = TopK(5).encode(logits)
+    full = TopK(5).full_log_probs(columns, temperature, 10)
+    assert torch.isfinite(full).all()
+    assert torch.isfinite(divergence(TopK(5), columns, logits)).all()
+    assert float(divergence(TopK(5), columns, logits)[0].mean()) < 1e-3
+
+
 def test_class_ids_beyond_int16_and_float16_survive() -> None:
     """Peers kept ids in int16 (wrong from 32,768) or cast them to float16 (exact to 2,048 only)."""
     logits = torch.zeros(1, 70_000)

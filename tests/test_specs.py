@@ -196,7 +196,12 @@ def test_published_weights_give_torchvisions_logits(tmp_path: Path, monkeypatch:
     """
     torch.manual_seed(1)
     options = {"init_weights": False} if name == "googlenet" else {}
-    state = get_model(name, weights=None, **options).state_dict()
+    body = get_model(name, weights=None, **options)
+    for module in body.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0  # so that after one batch the logits depend on the image, as those of a trained model
+    body.train()(torch.randn(4, 3, 64, 64))
+    state = body.state_dict()
     if name == "densenet121":
         state = {
             re.sub(r"(denselayer\d+\.(?:norm|conv))", r"\1.", key): value
@@ -209,6 +214,7 @@ def test_published_weights_give_torchvisions_logits(tmp_path: Path, monkeypatch:
     image = torch.randint(0, 256, (3, 256, 256), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         wanted = theirs(get_model_weights(name).DEFAULT.transforms()(image)[None])
+    assert wanted.std() > 0.01
     torch.testing.assert_close(logits_of(teacher, image), wanted, rtol=1e-3, atol=1e-4)
     assert teacher.classes[:2] == ("tench", "goldfish")
     torch.save(state, tmp_path / "copy.pth")

@@ -11,6 +11,7 @@ import multiprocessing
 import multiprocessing.reduction
 import os
 import signal
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -145,6 +146,7 @@ def _serve(
 
 def _worker(work: _Work, device: str, request: Connection, result: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted and ends us
+    sys.stdout = sys.stderr  # stdout is the command's, and may carry JSON
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if device == "cpu":
         torch.set_num_threads(1)

@@ -3,10 +3,12 @@
 Stored logits have their row's maximum subtracted, so float16 costs less than 1e-6 nats and can't overflow. All
 log-probabilities are computed in float32 or wider.
 
-`topk:K` keeps lse (log-sum-exp over all classes) and mean and variance of the n = C − K tail logits. The tail's mass
-at temperature T is then n·exp(mean/T + var/(2T²)) (second-order cumulant expansion), and at T = 1 exactly exp(lse) −
-Σ exp(kept). No tail logit exceeds the smallest kept one, so the tail's mass is never taken above n·exp(min kept / T).
-A student is compared over K + 1 outcomes, the tail being one bucket; nothing is renormalised over the kept classes.
+`topk:K` keeps lse (log-sum-exp over all classes) and mean and variance of the n = C − K tail logits. The tail's mass at
+temperature T is then n·exp(mean/T + var/(2T²)) (second-order cumulant expansion), and at T = 1 exactly exp(lse) − Σ
+exp(kept). It is kept within what it can be: at least n·exp(mean/T) (Jensen), since where the tail is tiny the float16
+rounding of the kept logits can push that difference below zero; at most n·exp(min kept / T), since no tail logit
+exceeds the smallest kept one. A student is compared over K + 1 outcomes, the tail being one bucket; nothing is
+renormalised over the kept classes.
 """
 
 from __future__ import annotations
@@ -101,7 +103,9 @@ class TopK:
         else:
             moments_B = columns["tail_mean"] / temperature + columns["tail_var"] / (2 * temperature**2)
             tail_B = math.log(tail_classes) + moments_B
-        all_BM = torch.cat([kept_BK, torch.minimum(tail_B, bound_B)[:, None]], dim=-1)
+        least_B = math.log(tail_classes) + columns["tail_mean"] / temperature
+        tail_B = torch.minimum(torch.maximum(tail_B, least_B), bound_B)
+        all_BM = torch.cat([kept_BK, tail_B[:, None]], dim=-1)
         log_probs_BM = torch.log_softmax(all_BM, dim=-1)
         return log_probs_BM[:, :-1], log_probs_BM[:, -1]
 
