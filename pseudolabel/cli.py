@@ -35,10 +35,10 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout, all else on stderr")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace what is there")]
 Threads = Annotated[
-    int | None, typer.Option(min=1, help="CPU threads that train; the cores that load no data if not given")
+    int | None, typer.Option(min=1, help="CPU threads that train; by default the cores that load nothing")
 ]
 LoaderWorkers = Annotated[
-    int | None, typer.Option(min=0, help="loader processes; 1 if there are cores to spare, up to 8 beside a GPU")
+    int | None, typer.Option(min=0, help="loader processes; by default 1, up to 8 beside a GPU")
 ]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=C", help="override a value of the recipe; may be repeated")
