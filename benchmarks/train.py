@@ -37,12 +37,13 @@ from pseudolabel.inputs import TrainingData, gather
 from pseudolabel.interfaces import LoadedTeacher
 from pseudolabel.labels.encodings import Dense, StoredTargets
 from pseudolabel.labels.store import open_store
+from pseudolabel.loop import TrainingLoop
 from pseudolabel.pack import pack
 from pseudolabel.rundir import RunDirectory
 from pseudolabel.settings import AnnotateSettings, AugmentSettings, TrainSettings
 from pseudolabel.shards import list_shards
 from pseudolabel.teachers import parse_teacher
-from pseudolabel.train import _Loop, preprocessing_of
+from pseudolabel.train import preprocessing_of
 
 ENCODINGS = ("dense", "topk:5")
 AUGMENT = AugmentSettings(erasing=0.25)
@@ -57,15 +58,15 @@ class Variant:
         self.workers = 0 if device == "cpu" else max(1, min(8, available_cores() - 1))
         card = ModelCard(SETTINGS.student, tuple(map(str, range(data.num_classes))), preprocessing_of(SETTINGS))
         unused = RunDirectory(Path("unused"), "train", {})
-        self._loop = _Loop(SETTINGS, card, data, None, unused, 1_000_000, self._device, self.workers)
-        self._batches = self._loop._loader(0)
+        self._loop = TrainingLoop(SETTINGS, card, data, None, unused, 1_000_000, self._device, self.workers)
+        self._batches = self._loop.batches_from(0)
 
     def load(self) -> Batch:
         return next(self._batches).to(self._device)
 
     def step(self) -> None:
         """Load a batch and learn from it."""
-        self._loop._step(self.soften(self.load()), SETTINGS.lr)
+        self._loop.step(self.soften(self.load()), SETTINGS.lr)
 
     def soften(self, batch: Batch) -> Batch:
         """Let the teacher, if there is one, label the unlabeled rows of a batch, which are the last."""

@@ -37,9 +37,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace what is th
 Threads = Annotated[
     int | None, typer.Option(min=1, help="CPU threads that train; by default the cores that load nothing")
 ]
-LoaderWorkers = Annotated[
-    int | None, typer.Option(min=0, help="loader processes; by default 1, up to 8 beside a GPU")
-]
+LoaderWorkers = Annotated[int | None, typer.Option(min=0, help="loader processes; by default 1, up to 8 beside a GPU")]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=C", help="override a value of the recipe; may be repeated")
 ]

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
     from pseudolabel.labeling import Progress as AnnotateProgress
+    from pseudolabel.loop import TrainProgress
     from pseudolabel.shards import Shard
-    from pseudolabel.train import TrainProgress
 
 _QUIET_SECONDS = 10.0  # without a terminal, a line this often
 

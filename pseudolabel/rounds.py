@@ -30,11 +30,12 @@ from pseudolabel.errors import OutputExists, RecipeError
 from pseudolabel.evaluate import Evaluation, evaluate
 from pseudolabel.interfaces import Engine, Teacher
 from pseudolabel.labels.store import open_store
+from pseudolabel.loop import TrainProgress
 from pseudolabel.recipe import Recipe
 from pseudolabel.settings import TrainSettings
 from pseudolabel.shards import Shard, list_shards
 from pseudolabel.teachers import parse_teachers
-from pseudolabel.train import TrainProgress, TrainResult, train
+from pseudolabel.train import TrainResult, train
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,210 @@
+"""The training loop and all state that a checkpoint must hold.
+
+batch → student → (1−α)·CE + α·T²·KL → step; now and then: validate, keep the best, save the state
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from pseudolabel.checkpoint import ModelCard, flatten_optimizer, load_state, restore_optimizer, save_state
+from pseudolabel.dataset import Batch, TrainingBatches
+from pseudolabel.errors import Diverged, SpecError
+from pseudolabel.inputs import TrainingData
+from pseudolabel.losses import Mixture
+from pseudolabel.optim import learning_rate, make_average, make_optimizer
+from pseudolabel.rundir import RunDirectory
+from pseudolabel.settings import TrainSettings
+from pseudolabel.validate import Validation
+from pseudolabel.views.image import Normalize
+
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+_LOG_EVERY = 20
+
+
+@dataclass(frozen=True)
+class TrainProgress:
+    """Told every few steps."""
+
+    step: int
+    steps: int
+    loss: float
+    samples_per_second: float
+    val_accuracy: float | None
+
+
+class TrainingLoop:
+    """One training run: the model and all state that a checkpoint must hold."""
+
+    def __init__(
+        self,
+        settings: TrainSettings,
+        card: ModelCard,
+        data: TrainingData,
+        validation: Validation | None,
+        run: RunDirectory,
+        steps: int,
+        device: torch.device,
+        workers: int,
+    ) -> None:
+        if settings.precision == "fp16" and device.type != "cuda":
+            raise SpecError("--precision fp16 needs a GPU (its gradients underflow without scaling); use fp32 or bf16")
+        self._settings, self._validation, self._run, self._steps, self._device, self._workers = (
+            settings,
+            validation,
+            run,
+            steps,
+            device,
+            workers,
+        )
+        self._num_classes = len(card.classes)
+        torch.manual_seed(settings.seed)
+        self.body = card.build().to(device).to(memory_format=torch.channels_last)
+        self._normalize = Normalize(card.preprocessing).to(device)
+        self._average = make_average(self.body, settings.ema) if settings.ema else None
+        self._optimizer = make_optimizer(self.body, settings)
+        self._scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
+        self._mixture = Mixture(settings.alpha, settings.temperature, settings.loss)
+        self._batches = TrainingBatches(
+            data,
+            card.preprocessing,
+            settings.augment,
+            batch_size=settings.batch_size,
+            labeled_fraction=settings.labeled_fraction,
+            seed=settings.seed,
+            steps=steps,
+        )
+        self._best: dict[str, Tensor] = {}
+        self._facts: dict[str, Any] = {"step": 0, "best_step": 0, "best_accuracy": None, "seconds": 0.0}
+
+    def run_to_the_end(self, on_progress: Callable[[TrainProgress], None] | None) -> tuple[int, float | None, float]:
+        """Train all steps that are left. Returns the best step, its accuracy, and the seconds spent before a resume."""
+        self._resume()
+        earlier, started = float(self._facts["seconds"]), time.monotonic()
+        eval_every = self._settings.eval_every or max(self._steps // 10, 1)
+        mark, marked_step = time.monotonic(), int(self._facts["step"])
+        rates = [learning_rate(self._settings, step, self._steps) for step in range(self._steps)]
+        for step, batch in enumerate(self.batches_from(marked_step), start=marked_step):
+            loss = self.step(batch.to(self._device), rates[step])
+            done = step + 1
+            accuracy: float | None = None
+            if done % eval_every == 0 or done == self._steps:
+                accuracy = self._validate(done)
+            if done % _LOG_EVERY == 0 or accuracy is not None or done == self._steps:
+                value = float(loss)
+                if value != value or value in (float("inf"), float("-inf")):
+                    raise Diverged(
+                        f"{self._run.path}: the loss is {value} at step {done}; use a smaller --lr, or --precision fp32"
+                    )
+                rate = (done - marked_step) * self._settings.batch_size / max(time.monotonic() - mark, 1e-9)
+                mark, marked_step = time.monotonic(), done
+                self._run.log(
+                    {
+                        "step": done,
+                        "loss": value,
+                        "lr": rates[step],
+                        "samples_per_second": round(rate, 1),
+                        "val_accuracy": accuracy,
+                    }
+                )
+                if on_progress is not None:
+                    on_progress(TrainProgress(done, self._steps, value, rate, accuracy))
+            if done % eval_every == 0 and done < self._steps:
+                self._facts |= {"step": done, "seconds": earlier + time.monotonic() - started}
+                self._save()
+        return int(self._facts["best_step"]), self._facts["best_accuracy"], earlier
+
+    def best_body(self) -> nn.Module:
+        """The network with the weights to keep."""
+        body = self._average.module if self._average is not None else self.body
+        if self._best:
+            body.load_state_dict(self._best)
+        return body
+
+    def step(self, batch: Batch, rate: float) -> Tensor:
+        """One optimizer step at learning rate `rate`; returns the loss, detached, on the device."""
+        self.body.train()
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        dtype = PRECISIONS[self._settings.precision]
+        pixels_BCHW = self._normalize(batch.pixels_BCHW).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(self._device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+            logits_BC = self.body(pixels_BCHW)
+        if not isinstance(logits_BC, Tensor) or logits_BC.shape != (len(batch.labels_B), self._num_classes):
+            found = tuple(logits_BC.shape) if isinstance(logits_BC, Tensor) else type(logits_BC).__name__
+            raise SpecError(
+                f"{self._settings.student}: must give logits of shape (batch, {self._num_classes}), gave {found}"
+            )
+        loss = self._mixture(logits_BC, batch.labels_B, batch.targets, batch.soft_weight_B)
+        self._optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward(self._scaler.scale(loss))
+        if self._settings.clip_norm:
+            self._scaler.unscale_(self._optimizer)
+            nn.utils.clip_grad_norm_(self.body.parameters(), self._settings.clip_norm)
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        if self._average is not None:
+            self._average.update_parameters(self.body)
+        return loss.detach()
+
+    def _validate(self, step: int) -> float | None:
+        body = self._average.module if self._average is not None else self.body
+        accuracy = (
+            self._validation.accuracy(nn.Sequential(self._normalize, body)) if self._validation is not None else None
+        )
+        best = self._facts["best_accuracy"]
+        if accuracy is None or best is None or accuracy > best:
+            self._facts |= {"best_step": step, "best_accuracy": accuracy}
+            self._best = {name: tensor.detach().clone() for name, tensor in body.state_dict().items()}
+        return accuracy
+
+    def batches_from(self, start: int) -> Iterator[Batch]:
+        """The batches of steps `start` on, made ahead by loader processes if there are any."""
+        if self._workers == 0:
+            return (self._batches[step] for step in range(start, self._steps))
+        context = torch.multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["pseudolabel.dataset"])
+        loader = DataLoader(
+            self._batches,
+            batch_size=None,
+            sampler=range(start, self._steps),
+            num_workers=self._workers,
+            pin_memory=self._device.type == "cuda",
+            multiprocessing_context=context,
+        )
+        return iter(loader)
+
+    def _save(self) -> None:
+        groups = {"model": self.body.state_dict(), "best": self._best, "optimizer": flatten_optimizer(self._optimizer)}
+        if self._average is not None:
+            groups["average"] = self._average.state_dict()
+        groups["rng"] = {"cpu": torch.get_rng_state()}
+        if self._device.type == "cuda":
+            groups["rng"]["cuda"] = torch.cuda.get_rng_state(self._device)
+        self._run.save(
+            lambda path, facts: save_state(path, {**facts, **self._facts, "scaler": self._scaler.state_dict()}, groups)
+        )
+
+    def _resume(self) -> None:
+        if not self._run.state_path.exists():
+            return
+        facts, groups = load_state(self._run.state_path, ("model", "best", "optimizer", "average", "rng"))
+        self._run.check(facts)
+        self._facts = {name: facts[name] for name in self._facts}
+        self.body.load_state_dict(groups["model"])
+        self._best = {name: tensor.to(self._device) for name, tensor in groups["best"].items()}
+        if self._average is not None:
+            self._average.load_state_dict(groups["average"])
+        restore_optimizer(self._optimizer, groups["optimizer"])
+        self._scaler.load_state_dict(facts["scaler"])
+        torch.set_rng_state(groups["rng"]["cpu"])
+        if "cuda" in groups["rng"] and self._device.type == "cuda":
+            torch.cuda.set_rng_state(groups["rng"]["cuda"], self._device)
+        self._run.cut_log(int(self._facts["step"]))
