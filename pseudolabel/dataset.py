@@ -40,12 +40,19 @@ class Batch:
     targets: StoredTargets | None
     soft_weight_B: Tensor | None
 
+    def pin_memory(self) -> Batch:
+        """In page-locked memory, from where copies to a GPU overlap with its work. The loader calls it."""
+        return self._map(Tensor.pin_memory)
+
     def to(self, device: torch.device) -> Batch:
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         return Batch(
-            self.pixels_BCHW.to(device, non_blocking=True),
-            self.labels_B.to(device, non_blocking=True),
-            self.targets.to(device) if self.targets is not None else None,
-            self.soft_weight_B.to(device, non_blocking=True) if self.soft_weight_B is not None else None,
+            change(self.pixels_BCHW),
+            change(self.labels_B),
+            self.targets.map(change) if self.targets is not None else None,
+            change(self.soft_weight_B) if self.soft_weight_B is not None else None,
         )
 
 

@@ -11,14 +11,17 @@ from torch.optim.swa_utils import AveragedModel
 from pseudolabel.settings import TrainSettings
 
 
+Tensors = tuple[Tensor, ...] | list[Tensor]
+
+
 def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
     """AdamW, or SGD with Nesterov momentum. Norm parameters and biases (one-dimensional tensors) are not decayed."""
     decayed = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     plain = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     if settings.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=settings.lr, momentum=0.9, nesterov=True)
-    return torch.optim.AdamW(groups, lr=settings.lr)
+        return torch.optim.SGD(groups, lr=settings.lr, momentum=0.9, nesterov=True, fused=True)
+    return torch.optim.AdamW(groups, lr=settings.lr, fused=True)
 
 
 def learning_rate(settings: TrainSettings, step: int, steps: int) -> float:
@@ -35,10 +38,11 @@ def make_average(model: nn.Module, decay: float) -> AveragedModel:
     forget their start.
     """
 
-    def average(averaged: Tensor, current: Tensor, count: Tensor | int) -> Tensor:
-        if not averaged.is_floating_point():
-            return current
+    def average(averaged: Tensors, current: Tensors, count: Tensor | int) -> None:
+        if not averaged[0].is_floating_point():
+            torch._foreach_copy_(averaged, current)
+            return
         now = min(decay, (1 + int(count)) / (10 + int(count)))
-        return torch.lerp(averaged, current.to(averaged.dtype), 1 - now)
+        torch._foreach_lerp_(averaged, current, 1 - now)
 
-    return AveragedModel(model, avg_fn=average, use_buffers=True)
+    return AveragedModel(model, multi_avg_fn=average, use_buffers=True)

@@ -14,7 +14,7 @@ renormalised over the kept classes.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import pyarrow as pa
@@ -155,13 +155,9 @@ class StoredTargets:
     def log_probs(self, student_logits_BC: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         return self.encoding.log_probs(self.columns, student_logits_BC, temperature)
 
-    def rows(self, index: Tensor) -> StoredTargets:
-        return replace(self, columns={name: column[index] for name, column in self.columns.items()})
-
-    def to(self, device: torch.device) -> StoredTargets:
-        return replace(
-            self, columns={name: column.to(device, non_blocking=True) for name, column in self.columns.items()}
-        )
+    def map(self, change: Callable[[Tensor], Tensor]) -> StoredTargets:
+        """The same targets with every column changed: moved, pinned, sliced."""
+        return replace(self, columns={name: change(column) for name, column in self.columns.items()})
 
 
 def summarize(logits_BC: Tensor) -> dict[str, Tensor]:
