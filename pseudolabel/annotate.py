@@ -12,6 +12,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,15 +78,19 @@ def annotate(
     work = AnnotateWork(teacher, settings, str(target.root), target.fingerprint)
     log = target.root / "log" / f"annotate-{time.strftime('%Y%m%dT%H%M%S')}-{socket.gethostname()}-{os.getpid()}.jsonl"
     damage: list[DamagedShard] = []
-    for event in engine.map(work, list(todo.values())) if todo else ():
-        if event.damage is not None:
-            damage.append(event.damage)
-        if event.finished is not None:
-            _append_line(log, {"shard": event.shard, **event.finished})
-            tally.add(todo[event.shard], event.finished["samples"], event.finished["rejects"])
-            tally.check(at_least=_EARLY_STOP_SAMPLES)
-        if on_progress is not None:
-            on_progress(event)
+    try:
+        with closing(engine.map(work, list(todo.values()))) as events:
+            for event in events:
+                if event.damage is not None:
+                    damage.append(event.damage)
+                if event.finished is not None:
+                    _append_line(log, {"shard": event.shard, **event.finished})
+                    tally.add(todo[event.shard], event.finished["samples"], event.finished["rejects"])
+                    tally.check(at_least=_EARLY_STOP_SAMPLES)
+                if on_progress is not None:
+                    on_progress(event)
+    finally:
+        target.tidy()  # the workers are gone; what they had begun to write is stale
     if damage:
         raise _all_damage(damage, len(shards))
     tally.check()

@@ -14,7 +14,7 @@ H and W pixels, N rows of a shard.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 if TYPE_CHECKING:
@@ -116,6 +116,11 @@ class Loss(Protocol):
 class Engine(Protocol):
     """Where work runs. Contract: the results, as a set, are those of `work(iter(items), device)` in one process."""
 
-    def map(self, work: Callable[[Iterator[Item], str], Iterator[Result]], items: Sequence[Item]) -> Iterator[Result]:
-        """Hand `items` out to copies of the picklable `work`, each with a device, and yield results as they come."""
+    def map(
+        self, work: Callable[[Iterator[Item], str], Iterator[Result]], items: Sequence[Item]
+    ) -> Generator[Result, None, None]:
+        """Hand `items` out to copies of the picklable `work`, each with a device, and yield results as they come.
+
+        When the generator is closed, all work has ended.
+        """
         ...

@@ -10,7 +10,6 @@ from torch.optim.swa_utils import AveragedModel
 
 from pseudolabel.settings import TrainSettings
 
-
 Tensors = tuple[Tensor, ...] | list[Tensor]
 
 

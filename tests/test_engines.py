@@ -75,7 +75,7 @@ def test_workers_end_when_nobody_listens(tmp_path: Path) -> None:
     results = LocalEngine("cpu", 2).map(Failing("slow", str(tmp_path)), list(range(1000)))
     for _ in range(6):
         next(results)
-    results.close()  # type: ignore[attr-defined]
+    results.close()
     for path in tmp_path.iterdir():
         with pytest.raises(ProcessLookupError):
             os.kill(int(path.name), 0)

@@ -66,6 +66,8 @@ def test_many_workers_are_stopped_and_go_on(
     process.communicate(timeout=60)
     assert process.returncode == code
     _wait_until_gone(process.pid)
+    if sent == signal.SIGINT:
+        assert all(path.suffix == ".parquet" and not path.name.startswith(".") for path in store.glob("parts/*"))
     left = verify(open_store(store))
     assert [problem for problem in left.problems if problem.kind != "ForeignFile"] == []  # a killed writer's temporary
     assert left.parts < 40

@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -36,9 +36,13 @@ class LocalEngine:
     device: str = "auto"
     workers: int | None = None
 
-    def map(self, work: Callable[[Iterator[Item], str], Iterator[Result]], items: Sequence[Item]) -> Iterator[Result]:
+    def map(
+        self, work: Callable[[Iterator[Item], str], Iterator[Result]], items: Sequence[Item]
+    ) -> Generator[Result, None, None]:
         """Raises `WorkerDied` if a process is killed, and whatever `work` raises."""
         devices = self.devices()
+        if not items:
+            return _nothing()
         count = min(self.workers or (len(devices) if devices[0] != "cpu" else available_cores()), len(items))
         if count > 1:
             return _in_processes(work, items, [devices[index % len(devices)] for index in range(count)])
@@ -73,7 +77,11 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _in_this_process(work: _Work, items: Sequence[Any], device: str) -> Iterator[Any]:
+def _nothing() -> Generator[Any, None, None]:
+    yield from ()
+
+
+def _in_this_process(work: _Work, items: Sequence[Any], device: str) -> Generator[Any, None, None]:
     threads = torch.get_num_threads()
     if device == "cpu":
         torch.set_num_threads(1)
@@ -83,7 +91,7 @@ def _in_this_process(work: _Work, items: Sequence[Any], device: str) -> Iterator
         torch.set_num_threads(threads)
 
 
-def _in_processes(work: _Work, items: Sequence[Any], devices: list[str]) -> Iterator[Any]:
+def _in_processes(work: _Work, items: Sequence[Any], devices: list[str]) -> Generator[Any, None, None]:
     context = multiprocessing.get_context("spawn")
     processes: list[BaseProcess] = []
     requests: list[Connection] = []

@@ -109,6 +109,11 @@ class Store:
             return schema.REJECT_SCHEMA.empty_table()
         return schema.read_table(path)
 
+    def tidy(self) -> None:
+        """Remove what writers that are gone have left half-written."""
+        for directory in (self.root, self.root / "parts", self.root / "rejects"):
+            storage.remove_stale(directory)
+
     def commit(self, info: PartInfo, part: pa.Table, rejects: pa.Table) -> None:
         """Publish a shard's labels: rejects first, the part last. Raises `StorageError`."""
         path = self.rejects_path(info.shard)
@@ -145,8 +150,7 @@ def create(root: str | Path, identity: StoreIdentity) -> Store:
             + "\n".join(_differences(found.identity.to_json(), identity.to_json())[:3])
             + "\nuse the same settings to go on with it, or another --out"
         )
-    for directory in (store.root, store.root / "parts", store.root / "rejects"):
-        storage.remove_stale(directory)
+    store.tidy()
     return found
 
 
