@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PYTHON ?= python3
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: install demo test lint slow bench fixture clean
+.PHONY: install demo test lint bench clean
 
 install: $(VENV)/.installed
 
@@ -26,10 +26,7 @@ lint: install
 	$(BIN)/mypy
 
 test: install lint
-	$(BIN)/python -m pytest -n auto --dist worksteal -m 'not slow'
-
-slow: install
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 bench: install
 	$(BIN)/python benchmarks/store.py

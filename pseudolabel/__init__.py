@@ -18,15 +18,19 @@ if TYPE_CHECKING:
     from pseudolabel.errors import PseudolabelError as PseudolabelError
     from pseudolabel.evaluate import evaluate as evaluate
     from pseudolabel.labels.store import open_store as open_store
+    from pseudolabel.labels.summary import summarize_store as summarize_store
     from pseudolabel.labels.verify import verify as verify
     from pseudolabel.losses import kd_loss as kd_loss
     from pseudolabel.pack import pack as pack
     from pseudolabel.recipe import load_recipe as load_recipe
+    from pseudolabel.report import write_report as write_report
+    from pseudolabel.rounds import Place as Place
     from pseudolabel.rounds import run as run
     from pseudolabel.settings import AnnotateSettings as AnnotateSettings
     from pseudolabel.settings import TrainSettings as TrainSettings
     from pseudolabel.shards import list_shards as list_shards
     from pseudolabel.shards import read_samples as read_samples
+    from pseudolabel.teachers import parse_teacher as parse_teacher
     from pseudolabel.teachers import parse_teachers as parse_teachers
     from pseudolabel.train import train as train
 
@@ -40,15 +44,19 @@ _HOME = {
     "PseudolabelError": "errors",
     "evaluate": "evaluate",
     "open_store": "labels.store",
+    "summarize_store": "labels.summary",
     "verify": "labels.verify",
     "kd_loss": "losses",
     "pack": "pack",
     "load_recipe": "recipe",
+    "write_report": "report",
+    "Place": "rounds",
     "run": "rounds",
     "AnnotateSettings": "settings",
     "TrainSettings": "settings",
     "list_shards": "shards",
     "read_samples": "shards",
+    "parse_teacher": "teachers",
     "parse_teachers": "teachers",
     "train": "train",
 }

@@ -1,6 +1,6 @@
 """Annotating many shards: skip those that are done, publish each part whole, name what is damaged at the end.
 
-    annotate(list_shards("unlabeled/"), parse_teacher("checkpoint:runs/teacher"), "store", engine=LocalEngine())
+    annotate("corpus/unlabeled", "checkpoint:runs/teacher", "store")
 
 What happens to one shard is in `labeling.py`; where it happens is the engine's business.
 """
@@ -11,7 +11,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +20,15 @@ from typing import Any
 import torch
 
 from pseudolabel import storage
+from pseudolabel.engines import default_engine
 from pseudolabel.errors import DamagedShard, StoreMismatch, TooManyRejects
 from pseudolabel.interfaces import Engine, Teacher
 from pseudolabel.labeling import AnnotateWork, Progress, annotate_shard, identify
 from pseudolabel.labels import store
 from pseudolabel.labels.schema import PartInfo
 from pseudolabel.settings import AnnotateSettings
-from pseudolabel.shards import Shard
+from pseudolabel.shards import Shard, ShardsLike, as_shards
+from pseudolabel.teachers import parse_teacher
 
 __all__ = ["AnnotateResult", "Progress", "annotate", "annotate_shard"]
 
@@ -48,23 +50,27 @@ class AnnotateResult:
 
 
 def annotate(
-    shards: Sequence[Shard],
-    teacher: Teacher,
+    shards: ShardsLike,
+    teacher: Teacher | str,
     out: str | Path,
     *,
-    engine: Engine,
+    engine: Engine | None = None,
     settings: AnnotateSettings | None = None,
     max_reject_fraction: float = 0.1,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> AnnotateResult:
-    """Annotate `shards` into the store at `out`; those with a part are skipped.
+    """Annotate `shards` (listed, or as on the command line) into the store at `out`; those with a part are skipped.
+
+    `teacher` is a description or a spec; without an `engine` this machine's devices do it.
 
     Raises:
         StoreMismatch: the store is of another teacher or settings, or a shard was edited since it was annotated.
         DamagedShard: some shards are damaged; all others are done by then.
         TooManyRejects: more than `max_reject_fraction` of the samples were rejected.
     """
-    settings = settings or AnnotateSettings()
+    shards = as_shards(shards)
+    teacher = parse_teacher(teacher) if isinstance(teacher, str) else teacher
+    engine, settings = engine or default_engine(), settings or AnnotateSettings()
     started = time.monotonic()
     target = store.create(out, identify(teacher.load(torch.device("cpu")), settings))
     done = set(target.part_names())

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pseudolabel.display import Display, print_pairs, print_rounds
+from pseudolabel.display import Display, print_confusion, print_pairs, print_rounds
 from pseudolabel.errors import PseudolabelError, RecipeError
 from pseudolabel.settings import AnnotateSettings, AugmentSettings, TrainSettings
 
@@ -79,6 +79,10 @@ def _command(function: Callable[..., Mapping[str, Any] | None]) -> Callable[...,
             else:
                 print(f"error: {error}", file=sys.stderr)
             raise typer.Exit(1) from None
+        except Exception as error:  # not ours: the traceback is wanted, and with --json an object all the same
+            if as_json:
+                _print_error(type(error).__name__, str(error))
+            raise
         except KeyboardInterrupt:
             message = "interrupted; the same command goes on from here"
             print(message, file=sys.stderr)
@@ -279,6 +283,9 @@ def train(
     """Train a student from cached soft labels and the labeled set. Run it again to go on where it stopped."""
     given = {name: value for name, value in locals().items() if value is not None}
     settings = _train_settings(recipe, given)
+    idle = [name for name in ("loss", "alpha", "temperature", "labeled_fraction") if name in given]
+    if labels is None and idle:
+        print(f"note: without --labels, {', '.join(idle)} have no effect", file=sys.stderr)
     from pseudolabel.labels.store import open_store
     from pseudolabel.rounds import read_classes
     from pseudolabel.shards import list_shards
@@ -367,6 +374,7 @@ def evaluate(
         if value is not None
     }
     print_pairs({**shown, "per class": "", **per_class}, _out(as_json))
+    print_confusion(result["classes"], result["confusion"], _out(as_json))
     return result
 
 

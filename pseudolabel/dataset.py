@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
-from pseudolabel.errors import LabelError
+from pseudolabel.errors import LabelError, PseudolabelError
 from pseudolabel.inputs import TrainingData, TrainingShard, join, read_label
 from pseudolabel.labels.encodings import StoredTargets, parse_encoding
 from pseudolabel.labels.store import Store
@@ -165,7 +165,7 @@ class TrainingBatches(Dataset[Batch]):
             stream.take(step * count, count, self._prepare) for stream, count in self._open() if stream is not None
         ]
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(_mix(self._seed, step))
+            torch.manual_seed(_mix(self._seed, 3, step))
             pixels_BCHW = torch.stack([self._augment(image) for images, _, _ in taken for image in images])
         labels_B = torch.cat([labels for _, labels, _ in taken])
         soft = [columns for _, _, columns in taken if columns]
@@ -202,6 +202,22 @@ class TrainingBatches(Dataset[Batch]):
         return self._preprocessing.prepare(image_CHW)
 
 
+class CarriedErrors(Dataset["Batch | PseudolabelError"]):
+    """Batches for loader processes: a known error is passed on as a value; the loader would wrap it in a traceback."""
+
+    def __init__(self, batches: TrainingBatches) -> None:
+        self._batches = batches
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getitem__(self, step: int) -> Batch | PseudolabelError:
+        try:
+            return self._batches[step]
+        except PseudolabelError as error:
+            return type(error)(str(error))
+
+
 def split_batch(batch_size: int, labeled_fraction: float, *, has_labeled: bool, has_pseudo: bool) -> tuple[int, int]:
     """How many labeled and pseudo-labeled rows a batch has; at least one of each kind that is used at all."""
     if not has_pseudo:
@@ -229,5 +245,5 @@ def make_augment(settings: AugmentSettings, preprocessing: Preprocessing) -> v2.
     return v2.Compose(steps or [torch.nn.Identity()])
 
 
-def _mix(seed: int, number: int) -> int:
-    return int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0] >> 1)
+def _mix(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)

@@ -11,13 +11,15 @@ import shutil
 from pathlib import Path
 
 from pseudolabel import storage
-from pseudolabel.errors import OutputExists, StorageError
+from pseudolabel.errors import OutputExists, RecipeError, StorageError
 from pseudolabel.pack import pack
 from pseudolabel.recipe import Recipe, load_recipe
 from pseudolabel.rounds import Place, RunResult, Watcher, run
+from pseudolabel.specs import nearest
 
 _PACKAGE = Path(__file__).parent
 _VAL_FRACTION = 1000 / 13500
+RECIPES = ("fashion_mnist", "from_labels_alone")
 
 
 def demo(
@@ -29,14 +31,19 @@ def demo(
         OutputExists: `out` holds something else.
     """
     directory = storage.local_path(out)
+    loaded = load_demo_recipe(directory, recipe, overrides)
     watcher.stage(f"packing the bundled Fashion-MNIST into {directory / 'shards'}")
     pack_bundled(directory / "shards")
-    return run(load_demo_recipe(directory, recipe, overrides), directory / "run", place, watcher)
+    return run(loaded, directory / "run", place, watcher)
 
 
 def load_demo_recipe(directory: Path, recipe: str, overrides: tuple[str, ...] = ()) -> Recipe:
     """The bundled recipe with its paths set to the demo's."""
     shards, data = directory / "shards", bundled("data/fashion-mnist")
+    if recipe not in RECIPES:
+        raise RecipeError(
+            f"{recipe!r} is no recipe of the demo{nearest(recipe, RECIPES)}; known are {', '.join(RECIPES)}"
+        )
     paths = [f"data.{split}={json.dumps(str(shards / split))}" for split in ("labeled", "unlabeled", "val", "test")]
     paths.append(f"data.classes={json.dumps(str(data / 'classes.txt'))}")
     if recipe == "fashion_mnist":

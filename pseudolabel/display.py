@@ -121,6 +121,20 @@ def print_pairs(values: Mapping[str, Any], file: Any) -> None:
         print(f"{name.replace('_', ' '):<{width}}  {shown}", file=file)
 
 
+def print_confusion(classes: Sequence[str], counts: Sequence[Sequence[int]], file: Any) -> None:
+    """The largest confusions, or the whole matrix if it fits a screen."""
+    if len(classes) <= 12:
+        width = max(5, *(len(str(count)) + 1 for row in counts for count in row))
+        print("confusion (row: class, column: prediction)", file=file)
+        for name, row in zip(classes, counts, strict=True):
+            print("".join(f"{count:>{width}}" for count in row) + f"  {name}", file=file)
+        return
+    pairs = [(n, classes[i], classes[j]) for i, row in enumerate(counts) for j, n in enumerate(row) if i != j and n]
+    print("most frequent confusions (count: class taken for class)", file=file)
+    for count, wanted, found in sorted(pairs, reverse=True)[:10]:
+        print(f"{count:>6}: {wanted} taken for {found}", file=file)
+
+
 def print_rounds(rows: Sequence[Mapping[str, Any]], file: Any) -> None:
     """The final table of a run."""
     from rich.console import Console

@@ -19,7 +19,7 @@ def call_entry_point(spec: Spec, **more: Any) -> nn.Module:
     if not all((colon, module_name, function_name)) or module_name.startswith("."):
         raise SpecError(f"{spec}: write python:package.module:function")
     if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+        sys.path.append(os.getcwd())
     try:
         function = getattr(importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError) as error:

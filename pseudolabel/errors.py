@@ -31,10 +31,6 @@ class SpecError(PseudolabelError):
     """A teacher, student or encoding spec can't be understood or loaded."""
 
 
-class MissingExtra(PseudolabelError):
-    """An optional package is needed and not installed."""
-
-
 class StoreError(PseudolabelError):
     """A store is absent, unreadable, or of a format this version doesn't know."""
 
@@ -73,6 +69,10 @@ class StorageError(PseudolabelError):
 
 class WorkerDied(PseudolabelError):
     """A worker process ended without finishing its work."""
+
+
+class OutOfMemory(PseudolabelError):
+    """The device's memory is too small for the batch."""
 
 
 class Diverged(PseudolabelError):

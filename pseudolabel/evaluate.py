@@ -14,8 +14,8 @@ from torch import Tensor
 from pseudolabel.checkpoint import load_model
 from pseudolabel.errors import StoreMismatch
 from pseudolabel.inputs import check_annotated, check_labeled
-from pseudolabel.labels.store import Store
-from pseudolabel.shards import Shard
+from pseudolabel.labels.store import Store, open_store
+from pseudolabel.shards import Shard, ShardsLike, as_shards
 from pseudolabel.validate import labeled_batches
 
 ECE_BINS = 15
@@ -40,9 +40,9 @@ class Evaluation:
 
 def evaluate(
     model: str | Path,
-    shards: Sequence[Shard],
+    shards: ShardsLike,
     *,
-    store: Store | None = None,
+    store: Store | str | Path | None = None,
     device: str = "cpu",
     batch_size: int = 256,
 ) -> Evaluation:
@@ -56,6 +56,8 @@ def evaluate(
     """
     from torchmetrics.classification import MulticlassCalibrationError, MulticlassConfusionMatrix
 
+    shards = as_shards(shards)
+    store = open_store(store) if isinstance(store, (str, Path)) else store
     classifier = load_model(Path(model), torch.device(device))
     num_classes = len(classifier.classes)
     if store is not None and store.identity.num_classes != num_classes:

@@ -66,6 +66,7 @@ def gather(
     for shard in labeled:
         if os.path.realpath(shard.path) in places:
             raise LabelError(f"{shard.path}: given both as --labeled and as --unlabeled; give it once")
+    classes = classes if classes is not None else named_beside(labeled)
     if store is not None:
         classes = _label_space(store, classes, num_classes)
     bound = len(classes) if classes is not None else num_classes
@@ -89,15 +90,35 @@ def _label_space(store: Store, classes: Sequence[str] | None, num_classes: int |
             f"{store.root}: its teacher has {len(known)} classes, {wanted} are asked for; "
             "use a teacher of the same classes"
         )
-    if classes is None or known == tuple(classes):
+    if classes is None or known == tuple(classes) or _positions(classes):
         return known
-    if known != tuple(str(index) for index in range(len(known))):
+    if not _positions(known):
         index = next(i for i, (theirs, ours) in enumerate(zip(known, classes, strict=True)) if theirs != ours)
         raise StoreMismatch(
             f"{store.root}: class {index} is {known[index]!r} to its teacher, {classes[index]!r} in your list\n"
             "put the list into the teacher's order, or use a teacher of these classes"
         )
     return classes
+
+
+def named_beside(labeled: Sequence[Shard]) -> Sequence[str] | None:
+    """The class names in `pack`'s classes.txt beside labeled shards, if any. Raises `LabelError` if two differ."""
+    found: dict[tuple[str, ...], str] = {}
+    for directory in {os.path.dirname(os.path.abspath(shard.path)) for shard in labeled}:
+        path = os.path.join(os.path.dirname(directory), "classes.txt")
+        if os.path.isfile(path):
+            with open(path, encoding="utf-8") as file:
+                names = tuple(line.rstrip("\n") for line in file if line.strip())
+            if names:
+                found[names] = path
+    if len(found) > 1:
+        raise LabelError(f"labeled shards of different classes: {' and '.join(sorted(found.values())[:2])} differ")
+    return next(iter(found), None)
+
+
+def _positions(names: Sequence[str]) -> bool:
+    """Whether classes are not named, only numbered."""
+    return tuple(names) == tuple(str(index) for index in range(len(names)))
 
 
 def _is_annotated(shard: TrainingShard, store: Store) -> bool:

@@ -57,7 +57,7 @@ class Teacher(Protocol):
         ...
 
     def load(self, device: torch.device) -> LoadedTeacher:
-        """Build the model and load its weights. Raises `SpecError` or `MissingExtra`."""
+        """Build the model and load its weights. Raises `SpecError`."""
         ...
 
 

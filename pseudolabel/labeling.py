@@ -19,16 +19,15 @@ import torch
 from torch import Tensor
 
 from pseudolabel.decoding import ShardEnd, ahead, decode_shard, decode_shards
-from pseudolabel.errors import DamagedShard, StoreMismatch
+from pseudolabel.errors import DamagedShard, OutOfMemory, SpecError
 from pseudolabel.interfaces import LoadedTeacher, Teacher
 from pseudolabel.labels import store
 from pseudolabel.labels.encodings import parse_encoding
 from pseudolabel.labels.part import AnnotatedShard, PartBuilder
 from pseudolabel.labels.store import StoreIdentity
+from pseudolabel.precision import autocast
 from pseudolabel.settings import AnnotateSettings
 from pseudolabel.shards import Shard
-
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -73,8 +72,9 @@ class AnnotateWork:
         teacher = self.teacher.load(torch.device(device))
         target = store.open_store(self.root)
         if identify(teacher, self.settings).fingerprint != self.fingerprint:
-            raise StoreMismatch(
-                f"{self.teacher.uri}: the teacher changed while annotate ran; give it files that stay as they are"
+            raise SpecError(
+                f"{self.teacher.uri}: gave other weights or preprocessing when it was loaded again\n"
+                "seed it or load its weights from a file that stays as it is, and annotate into a new --out"
             )
         threads = 1 if device == "cpu" else min(16, os.cpu_count() or 1)
         builder: PartBuilder | None = None
@@ -130,7 +130,10 @@ def _forward(teacher: LoadedTeacher, inputs: tuple[Tensor, ...], settings: Annot
     """Float32 logits (B, C); none of a batch in which nothing could be decoded."""
     if not inputs:
         return torch.zeros(0, len(teacher.classes))
-    dtype = PRECISIONS[settings.precision]
-    kind = torch.device(device).type
-    with torch.inference_mode(), torch.autocast(kind, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
-        return teacher.logits(inputs)
+    try:
+        with torch.inference_mode(), autocast(settings.precision, device):
+            return teacher.logits(inputs)
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(
+            f"{device}: a batch of {settings.batch_size} doesn't fit; use a smaller --batch-size (finished shards stay)"
+        ) from error

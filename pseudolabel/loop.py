@@ -15,17 +15,17 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from pseudolabel.checkpoint import ModelCard, flatten_optimizer, load_state, restore_optimizer, save_state
-from pseudolabel.dataset import Batch, TrainingBatches
-from pseudolabel.errors import Diverged, SpecError
+from pseudolabel.dataset import Batch, CarriedErrors, TrainingBatches
+from pseudolabel.errors import Diverged, OutOfMemory, PseudolabelError, SpecError, WorkerDied
 from pseudolabel.inputs import TrainingData
 from pseudolabel.losses import Mixture
 from pseudolabel.optim import learning_rate, make_average, make_optimizer
+from pseudolabel.precision import autocast
 from pseudolabel.rundir import RunDirectory
 from pseudolabel.settings import TrainSettings
 from pseudolabel.validate import Validation
 from pseudolabel.views.image import Normalize
 
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 _LOG_EVERY = 20
 
 
@@ -97,7 +97,7 @@ class TrainingLoop:
             accuracy: float | None = None
             if done % eval_every == 0 or done == self._steps:
                 accuracy = self._validate(done)
-            if done % _LOG_EVERY == 0 or accuracy is not None or done == self._steps:
+            if done % _LOG_EVERY == 0 or done % eval_every == 0 or done == self._steps:
                 value = float(loss)
                 if value != value or value in (float("inf"), float("-inf")):
                     raise Diverged(
@@ -130,12 +130,18 @@ class TrainingLoop:
 
     def step(self, batch: Batch, rate: float) -> Tensor:
         """One optimizer step at learning rate `rate`; returns the loss, detached, on the device."""
+        try:
+            return self._step(batch, rate)
+        except torch.OutOfMemoryError as error:
+            rows = len(batch.labels_B)
+            raise OutOfMemory(f"{self._device}: {rows} rows a step don't fit; use a smaller --batch-size") from error
+
+    def _step(self, batch: Batch, rate: float) -> Tensor:
         self.body.train()
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        dtype = PRECISIONS[self._settings.precision]
         pixels_BCHW = self._normalize(batch.pixels_BCHW).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(self._device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+        with autocast(self._settings.precision, self._device):
             logits_BC = self.body(pixels_BCHW)
         if not isinstance(logits_BC, Tensor) or logits_BC.shape != (len(batch.labels_B), self._num_classes):
             found = tuple(logits_BC.shape) if isinstance(logits_BC, Tensor) else type(logits_BC).__name__
@@ -168,18 +174,31 @@ class TrainingLoop:
     def batches_from(self, start: int) -> Iterator[Batch]:
         """The batches of steps `start` on, made ahead by loader processes if there are any."""
         if self._workers == 0:
-            return (self._batches[step] for step in range(start, self._steps))
+            for step in range(start, self._steps):
+                yield self._batches[step]
+            return
         context = torch.multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["pseudolabel.dataset"])
         loader = DataLoader(
-            self._batches,
+            CarriedErrors(self._batches),
             batch_size=None,
             sampler=range(start, self._steps),
             num_workers=self._workers,
             pin_memory=self._device.type == "cuda",
             multiprocessing_context=context,
         )
-        return iter(loader)
+        try:
+            for batch in loader:
+                if isinstance(batch, PseudolabelError):
+                    raise batch
+                yield batch
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise WorkerDied(
+                "a loader process ended (killed, out of memory, or /dev/shm full?)\n"
+                "run the same command again, perhaps with --workers 0: it goes on from the last checkpoint"
+            ) from error
 
     def _save(self) -> None:
         groups = {"model": self.body.state_dict(), "best": self._best, "optimizer": flatten_optimizer(self._optimizer)}

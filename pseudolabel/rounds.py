@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +26,7 @@ import tomli_w
 from pseudolabel import specs, storage
 from pseudolabel.annotate import Progress, annotate
 from pseudolabel.checkpoint import read_card
+from pseudolabel.engines import default_engine
 from pseudolabel.errors import OutputExists, RecipeError
 from pseudolabel.evaluate import Evaluation, evaluate
 from pseudolabel.interfaces import Engine, Teacher
@@ -40,7 +41,7 @@ from pseudolabel.train import TrainResult, train
 
 @dataclass(frozen=True)
 class Round:
-    """One row of the table. Round 0 is the first teacher; its accuracies are None where it isn't one of our models."""
+    """One row of the table: a round, or with number 0 the first teacher or the control."""
 
     round: int
     teacher: str
@@ -72,17 +73,30 @@ class Watcher(Protocol):
     def training(self, progress: TrainProgress) -> None: ...
 
 
+class Quiet:
+    """A watcher that tells nobody."""
+
+    def stage(self, title: str, shards: list[Shard] | None = None) -> None:
+        pass
+
+    def annotating(self, progress: Progress) -> None:
+        pass
+
+    def training(self, progress: TrainProgress) -> None:
+        pass
+
+
 @dataclass(frozen=True)
 class Place:
     """Where and how fast: nothing here changes a result."""
 
-    engine: Engine
+    engine: Engine = field(default_factory=default_engine)
     device: str = "cpu"
     workers: int = 0
     threads: int | None = None
 
 
-def run(recipe: Recipe, out: str | Path, place: Place, watcher: Watcher) -> RunResult:
+def run(recipe: Recipe, out: str | Path, place: Place | None = None, watcher: Watcher | None = None) -> RunResult:
     """Run all stages of `recipe` in the directory `out`; finished stages are skipped.
 
     Raises:
@@ -90,7 +104,7 @@ def run(recipe: Recipe, out: str | Path, place: Place, watcher: Watcher) -> RunR
         RecipeError: the recipe contradicts its data.
     """
     started = time.monotonic()
-    pipeline = _Pipeline(recipe, storage.local_path(out), place, watcher)
+    pipeline = _Pipeline(recipe, storage.local_path(out), place or Place(), watcher or Quiet())
     pipeline.claim()
     teacher_uris, teacher_row = pipeline.first_teacher()
     rounds: list[Round] = []
@@ -107,6 +121,7 @@ def run(recipe: Recipe, out: str | Path, place: Place, watcher: Watcher) -> RunR
         "kind": "run",
         "fingerprint": pipeline.fingerprint,
         "recipe": recipe.model_dump(mode="json"),
+        "table": table(result),
         **asdict(result),
     }
     storage.write_atomic(pipeline.out / "run.json", json.dumps({**content, "out": None}, indent=1) + "\n")

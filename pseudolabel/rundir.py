@@ -50,10 +50,7 @@ class RunDirectory:
         marker = self.path / "run.json"
         if self.path.exists() and not self.path.is_dir():
             raise OutputExists(f"{self.path}: is a file; choose another --out")
-        if overwrite:
-            with storage.explain_os_errors(self.path, "clearing"):
-                self._clear()
-        if marker.exists():
+        if marker.exists() and not overwrite:
             try:
                 found = json.loads(marker.read_text())
                 fingerprint = found["fingerprint"]
@@ -74,6 +71,9 @@ class RunDirectory:
                 f"{self.path}: holds {sorted(strangers)[0]!r}, which is not of a training run; choose "
                 "an empty or new --out"
             )
+        if overwrite:
+            with storage.explain_os_errors(self.path, "clearing"):
+                self._clear()
         with storage.explain_os_errors(self.path, "making"):
             (self.path / "checkpoint").mkdir(parents=True, exist_ok=True)
         for directory in (self.path, self.path / "checkpoint"):
@@ -122,12 +122,20 @@ class RunDirectory:
         shutil.rmtree(self.path / "checkpoint", ignore_errors=True)
 
     def _own_names(self) -> set[str]:
-        own = {"recipe.toml", "metrics.jsonl", "model.safetensors", "model.json", "checkpoint", "events"}
+        own = {
+            "recipe.toml",
+            "metrics.jsonl",
+            "model.safetensors",
+            "model.json",
+            "checkpoint",
+            "report.html",
+            "run.json",
+        }
         return own | {path.name for path in self.path.glob(".*.tmp-*")}
 
     def _clear(self) -> None:
         """Remove a run's own files, and nothing else."""
-        for name in ("run.json", "recipe.toml", "metrics.jsonl", "model.safetensors", "model.json"):
+        for name in ("run.json", "recipe.toml", "metrics.jsonl", "model.safetensors", "model.json", "report.html"):
             (self.path / name).unlink(missing_ok=True)
         shutil.rmtree(self.path / "checkpoint", ignore_errors=True)
 

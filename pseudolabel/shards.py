@@ -39,6 +39,9 @@ class Shard:
     path: str
 
 
+ShardsLike = str | os.PathLike[str] | Iterable[Shard | str | os.PathLike[str]]
+
+
 @dataclass(frozen=True, slots=True)
 class Sample:
     """One record of a shard: `fields` maps a lower-case extension to its bytes; `index` is the position in the
@@ -378,6 +381,16 @@ def _looks_like(header: bytes) -> str:
     if header[:4] == b"\x28\xb5\x2f\xfd":
         return "is compressed with zstd: shards must be plain .tar, so decompress it"
     return "is not a tar file"
+
+
+def as_shards(shards: ShardsLike) -> list[Shard]:
+    """Shards as a verb was given them: listed already, or as `list_shards` takes them. Raises `ShardListError`."""
+    if isinstance(shards, (str, os.PathLike)):
+        return list_shards(shards)
+    given = list(shards)
+    if all(isinstance(one, Shard) for one in given):
+        return [one for one in given if isinstance(one, Shard)]
+    return list_shards([one for one in given if not isinstance(one, Shard)])
 
 
 def slice_shards(shards: list[Shard], part_of: str | None) -> list[Shard]:

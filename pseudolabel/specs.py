@@ -10,9 +10,11 @@ import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, quote
 
 from pseudolabel.errors import SpecError
+
+_PLAIN = "/:.,@~"  # characters of values that need no escape
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Spec:
     args: tuple[tuple[str, Any], ...] = ()
 
     def __str__(self) -> str:
-        query = "&".join(f"{key}={value}" for key, value in self.args)
+        query = "&".join(f"{key}={quote(str(value), safe=_PLAIN)}" for key, value in self.args)
         return f"{self.scheme}:{self.name}" + (f"?{query}" if query else "")
 
     def only(self, allowed: Iterable[str]) -> dict[str, Any]:

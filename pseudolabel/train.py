@@ -22,12 +22,13 @@ import torch
 from pseudolabel import storage
 from pseudolabel.checkpoint import ModelCard, save_model
 from pseudolabel.dataset import TrainingBatches
+from pseudolabel.errors import LabelError
 from pseudolabel.inputs import TrainingData, TrainingShard, gather
-from pseudolabel.labels.store import Store
+from pseudolabel.labels.store import Store, open_store
 from pseudolabel.loop import TrainingLoop, TrainProgress
 from pseudolabel.rundir import RunDirectory
 from pseudolabel.settings import TrainSettings
-from pseudolabel.shards import Shard
+from pseudolabel.shards import ShardsLike, as_shards
 from pseudolabel.validate import Validation
 from pseudolabel.views.image import Preprocessing, square
 
@@ -48,10 +49,10 @@ def train(
     settings: TrainSettings,
     out: str | Path,
     *,
-    labeled: Sequence[Shard] = (),
-    unlabeled: Sequence[Shard] = (),
-    store: Store | None = None,
-    val: Sequence[Shard] = (),
+    labeled: ShardsLike = (),
+    unlabeled: ShardsLike = (),
+    store: Store | str | Path | None = None,
+    val: ShardsLike = (),
     classes: Sequence[str] | None = None,
     num_classes: int | None = None,
     device: str = "cpu",
@@ -62,6 +63,12 @@ def train(
 ) -> TrainResult:
     """Train a student into the run directory `out`, or go on with the training that was interrupted there.
 
+    Shards are given listed or as on the command line. `store` holds the soft labels of `unlabeled` (and of `labeled`,
+    if they were annotated into it, too). Class names come from `classes`, the store, or the classes.txt beside the
+    labeled shards; without any, `num_classes` or the largest label says how many there are. `workers` load batches in
+    processes of their own; `threads` of the CPU train (None leaves torch's setting). Neither changes what is learned,
+    but for the last bits that another number of threads may change.
+
     Raises:
         StoreMismatch: shards differ from what was annotated, or the label spaces differ.
         LabelError: a label is missing or out of range.
@@ -69,9 +76,13 @@ def train(
         Diverged: the loss is no longer finite.
     """
     started = time.monotonic()
-    data, names = gather(labeled, unlabeled, store, classes, num_classes)
+    store = open_store(store) if isinstance(store, (str, Path)) else store
+    val = as_shards(val)
+    data, names = gather(as_shards(labeled), as_shards(unlabeled), store, classes, num_classes)
     card = ModelCard(settings.student, names, preprocessing_of(settings))
     validation = Validation(val, card.preprocessing, len(names), device) if val else None
+    if store is not None and settings.alpha == 0 and settings.labeled_fraction == 0:
+        raise LabelError("alpha 0 leaves out the soft labels and labeled fraction 0 the labels: nothing to learn from")
     steps = _number_of_steps(settings, data)
     identity = _identity(settings, data, validation, names)
     run = RunDirectory(storage.local_path(out), "train", identity)
@@ -119,7 +130,7 @@ def _identity(
     settings: TrainSettings, data: TrainingData, validation: Validation | None, names: tuple[str, ...]
 ) -> dict[str, Any]:
     def contents(shards: Sequence[TrainingShard]) -> str:
-        lines = sorted(f"{one.shard.name} {one.sha256}" for one in shards)
+        lines = [f"{one.shard.name} {one.sha256} {one.part is not None}" for one in shards]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     return {

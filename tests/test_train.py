@@ -315,3 +315,48 @@ def test_every_encoding_trains(corpus: Path, tmp_path: Path) -> None:
         labels = _annotated(corpus, tmp_path / f"store-{name}", model, name)
         assert parse_encoding(labels.identity.encoding).name == name
         assert _train(corpus, tmp_path / f"run-{name}", labels, SMALL.model_copy(update={"steps": 2})).steps == 2
+
+
+def test_class_names_of_pack_and_teacher_must_agree(corpus: Path, tmp_path: Path) -> None:
+    """Label 0 is "ant" in the labeled set and "class 0" to the teacher: another label space, whatever the count."""
+    labels = _annotated(corpus, tmp_path / "store", make_model(tmp_path / "teacher"))
+    (corpus / "classes.txt").write_text("ant\nbee\ncat\ndog\n")
+    with pytest.raises(StoreMismatch, match="class 0 is 'class 0' to its teacher, 'ant' in your list"):
+        _train(corpus, tmp_path / "run", labels)
+    _train(corpus, tmp_path / "alone")
+    assert load_model(tmp_path / "alone", torch.device("cpu")).classes == ("ant", "bee", "cat", "dog")
+
+
+def test_a_known_error_in_a_loader_process_stays_one(corpus: Path, tmp_path: Path) -> None:
+    """The loader would wrap it in forty lines of traceback."""
+    write_shard(corpus / "labeled" / "bad.tar", [("bad", {"png": b"no image", "cls": b"0"})])
+    with pytest.raises(LabelError, match=r"^\S+bad\.tar: training sample 'bad' can't be decoded"):
+        _train(corpus, tmp_path / "run", workers=1)
+
+
+def test_overwrite_looks_before_it_clears(corpus: Path, tmp_path: Path) -> None:
+    """A page beside the run is the run's own; a stranger's file stops it before anything is gone."""
+    _train(corpus, tmp_path / "run")
+    (tmp_path / "run" / "report.html").write_text("page")
+    _train(corpus, tmp_path / "run", settings=SMALL.model_copy(update={"lr": 0.1}), overwrite=True)
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    with pytest.raises(OutputExists, match=r"notes\.txt"):
+        _train(corpus, tmp_path / "run", overwrite=True)
+    assert (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_paths_will_do_for_the_api(corpus: Path, tmp_path: Path) -> None:
+    import pseudolabel
+
+    model = make_model(tmp_path / "teacher")
+    pseudolabel.annotate(
+        str(corpus / "unlabeled"), f"checkpoint:{model}", tmp_path / "store", engine=LocalEngine("cpu", 1)
+    )
+    sets = {name: str(corpus / name) for name in ("labeled", "unlabeled", "val")}
+    pseudolabel.train(SMALL, tmp_path / "run", store=str(tmp_path / "store"), threads=1, **sets)
+    assert pseudolabel.evaluate(tmp_path / "run", [corpus / "val"]).samples == 24
+
+
+def test_nothing_to_learn_from_is_refused(corpus: Path, store: Store, tmp_path: Path) -> None:
+    with pytest.raises(LabelError, match="nothing to learn from"):
+        _train(corpus, tmp_path / "run", store, SMALL.model_copy(update={"alpha": 0.0, "labeled_fraction": 0.0}))

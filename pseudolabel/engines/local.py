@@ -57,7 +57,7 @@ class LocalEngine:
 
 
 def resolve_device(name: str) -> str:
-    """`auto` becomes cuda, mps or cpu; others are checked. Raises `SpecError` if the device isn't there."""
+    """`auto` becomes cuda or cpu; others are checked. Raises `SpecError` if the device isn't there."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -139,7 +139,9 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
         digest.update(memoryview(content)[position + 64 :])
         if digest.hexdigest().encode() != content[position : position + 64]:
             raise ValueError("its content doesn't fit the hash it was sealed with")
-        return pq.read_table(pa.BufferReader(content), columns=columns, page_checksum_verification=True)
+        # Not pq.read_table: its scanner's threads can outlive a short process and abort it at exit.
+        with pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True) as file:
+            return file.read(columns=columns, use_threads=False)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise damaged(path, _first_line(error)) from error
 

@@ -6,7 +6,6 @@ Opens offline: plotly's script and all images are inside the page.
 from __future__ import annotations
 
 import base64
-import html
 import io
 import json
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pseudolabel import storage
-from pseudolabel.errors import PseudolabelError, StoreError
+from pseudolabel.errors import PseudolabelError, ShardListError, StoreError
 
 _SHOWN_PER_ROW = 8
 
@@ -45,13 +44,17 @@ def write_report(directory: str | Path) -> Path:
     marker = root / "run.json"
     if not marker.exists():
         raise StoreError(f"{root}: no finished run here (no run.json); finish it with the command that started it")
-    content = json.loads(marker.read_text())
+    try:
+        content = json.loads(marker.read_text())
+        rows = _rows(content)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StoreError(f"{marker}: can't be read ({error!r}); run the command that made it again") from error
     runs = dict(_run_directories(root))
     template = resources.files("pseudolabel.report").joinpath("page.html.j2").read_text()
     page = Environment(undefined=StrictUndefined, autoescape=True).from_string(template)
     text = page.render(
         title=root.resolve().name,
-        rows=_rows(content),
+        rows=rows,
         plot=_curves(runs),
         grid=_grid(root, content),
         recipe=_recipe(root),
@@ -62,21 +65,10 @@ def write_report(directory: str | Path) -> Path:
 
 
 def _rows(content: dict[str, Any]) -> list[dict[str, Any]]:
-    if content["kind"] != "run":
-        return [
-            {
-                "name": "run",
-                **content["result"],
-                "test_accuracy": None,
-                "student": content["identity"]["settings"]["student"],
-            }
-        ]
-    named = [
-        ("teacher", content["teacher"]),
-        *((f"round {row['round']}", row) for row in content["rounds"]),
-        ("control: labels alone", content["control"]),
-    ]
-    return [{"name": name, **row} for name, row in named if row is not None]
+    if content["kind"] == "run":
+        return list(content["table"])
+    model = {"student": content["identity"]["settings"]["student"], "test_accuracy": None, "gain": None}
+    return [{"name": "run", **content["result"], **model}]
 
 
 def _run_directories(root: Path) -> Iterator[tuple[str, Path]]:
@@ -132,7 +124,10 @@ def _grid(root: Path, content: dict[str, Any]) -> list[tuple[str, list[_Shown]]]
     from pseudolabel.shards import ShardFile, list_shards
 
     store = open_store(root / "round-1" / "store")
-    shards = {shard.name: shard for shard in list_shards(content["recipe"]["data"]["unlabeled"])}
+    try:
+        shards = {shard.name: shard for shard in list_shards(content["recipe"]["data"]["unlabeled"])}
+    except ShardListError:
+        return []  # moved, or named relative to another directory: the page does without images
     name = next((part for part in store.part_names() if part in shards), None)
     if name is None:
         return []
@@ -160,7 +155,7 @@ def _choose(confidence_N: NDArray[np.float32], pred_N: NDArray[np.int32]) -> dic
     """Rows to show: the surest of each class, some around the tenth percentile, the least sure."""
     order = confidence_N.argsort(kind="stable")
     surest = {int(pred_N[row]): int(row) for row in order}  # the last one of a class stays
-    doubt = max(len(order) // 10 - _SHOWN_PER_ROW // 2, 0)
+    doubt = max(len(order) // 10, _SHOWN_PER_ROW)
     return {
         "sure": list(surest.values())[:_SHOWN_PER_ROW],
         "in doubt": order[doubt : doubt + _SHOWN_PER_ROW].tolist(),
@@ -193,4 +188,4 @@ def _data_uri(fields: Any) -> str:
 
 def _recipe(root: Path) -> str:
     path = root / "recipe.toml"
-    return html.unescape(path.read_text()) if path.exists() else ""
+    return path.read_text() if path.exists() else ""
