@@ -2,6 +2,9 @@
 
 A model is `model.safetensors` and `model.json` (architecture spec, classes, preprocessing, hash). A training state is
 one safetensors file whose header carries the JSON; it replaces the last one atomically.
+
+A model whose student is `python:module:function` imports that module by name, from the import path of whoever loads
+it: load such a model only if you trust where its model.json comes from.
 """
 
 from __future__ import annotations
@@ -83,9 +86,7 @@ def read_card(directory: Path) -> tuple[ModelCard, str]:
         )
         if data["format_version"] != FORMAT_VERSION:
             raise ValueError(f"format version {data['format_version']}, this version reads {FORMAT_VERSION}")
-        # a card without the hash is an older one; with it, any edit shows
-        wanted = _card_sha256(data)
-        if data.keys() - {"card_sha256"} != _CARD_KEYS or data.get("card_sha256", wanted) != wanted:
+        if data.keys() - {"card_sha256"} != _CARD_KEYS or data["card_sha256"] != _card_sha256(data):
             raise ValueError("it was edited: it no longer fits the hash in it")
         return card, str(data["weights_sha256"])
     except (OSError, ValueError, KeyError, TypeError) as error:
