@@ -5,6 +5,8 @@ batch → student → (1−α)·CE + α·T²·KL → step; now and then: validat
 
 from __future__ import annotations
 
+import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,6 +29,14 @@ from pseudolabel.validate import Validation
 from pseudolabel.views.image import Normalize
 
 _LOG_EVERY = 20
+
+
+def _leave_ending_to_the_parent(_: int) -> None:
+    """In a loader process: Ctrl-C is the parent's to handle, and the sharing thread's complaint when it ends is noise.
+    What a batch raises travels to the parent all the same.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.excepthook = lambda *_: None
 
 
 @dataclass(frozen=True)
@@ -186,6 +196,7 @@ class TrainingLoop:
             num_workers=self._workers,
             pin_memory=self._device.type == "cuda",
             multiprocessing_context=context,
+            worker_init_fn=_leave_ending_to_the_parent,
         )
         try:
             for batch in loader:
