@@ -131,7 +131,8 @@ def save_state(path: Path, facts: Mapping[str, Any], groups: Mapping[str, Mappin
         for group, named in groups.items()
         for name, tensor in named.items()
     }
-    storage.write_atomic(path, save(tensors, metadata={"facts": json.dumps(dict(facts))}))
+    text = json.dumps(dict(facts))
+    storage.write_atomic(path, save(tensors, metadata={"facts": text, "sha256": _state_sha256(text, tensors)}))
 
 
 def load_state(path: Path, groups: Sequence[str]) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
@@ -140,6 +141,9 @@ def load_state(path: Path, groups: Sequence[str]) -> tuple[dict[str, Any], dict[
         with safe_open(path, framework="pt") as file:
             facts = json.loads((file.metadata() or {})["facts"])
             found: dict[str, dict[str, Tensor]] = {group: {} for group in groups}
+            whole = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            if (file.metadata() or {})["sha256"] != _state_sha256(file.metadata()["facts"], whole):
+                raise ValueError("its content doesn't fit its hash")
             for name in file.keys():  # noqa: SIM118 (not a mapping)
                 group, _, rest = name.partition("/")
                 found[group][rest] = file.get_tensor(name)
@@ -148,6 +152,14 @@ def load_state(path: Path, groups: Sequence[str]) -> tuple[dict[str, Any], dict[
             f"{path}: this checkpoint can't be read ({error}); delete it to start that training again"
         ) from error
     return facts, found
+
+
+def _state_sha256(facts: str, tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(facts.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
+    return digest.hexdigest()
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -168,3 +180,8 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Te
         index, _, field = name.partition("/")
         state.setdefault(int(index), {})[field] = tensor
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    # A file keeps no memory format, and fused kernels pair moments with weights by their place in memory.
+    for parameter, values in optimizer.state.items():
+        for field, tensor in values.items():
+            if tensor.shape == parameter.shape:
+                values[field] = torch.empty_like(parameter).copy_(tensor)

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from pseudolabel.errors import DamagedShard
+from pseudolabel.errors import DamagedShard, StorageError
 from pseudolabel.shards import Shard, ShardFile
 from pseudolabel.views.image import decode, image_field
 
@@ -92,6 +92,8 @@ def decode_shards(
                 yield shard, batch
         except DamagedShard as error:
             yield shard, error
+        except StorageError as error:  # gone or unreadable: the others go on
+            yield shard, DamagedShard(str(error))
 
 
 def _decode_one(opened: ShardFile, index: int, prepare: Prepare) -> Reject | tuple[int | None, tuple[Tensor, ...]]:

@@ -134,7 +134,7 @@ def read_label(opened: ShardFile, index: int, num_classes: int | None = None) ->
             f"{where} has no label (no `cls` file); pack the labeled set with labels, or pass it as --unlabeled"
         )
     text = opened.read(index, "cls").decode(errors="replace").strip()
-    if not (text.isascii() and text.isdecimal()) or int(text) >= 1 << 31:
+    if not (text.isascii() and text.isdecimal() and len(text) <= 10) or int(text) >= 1 << 31:
         raise LabelError(f"{where}: its label is {text[:40]!r}; a class number from 0 is wanted")
     if num_classes is not None and int(text) >= num_classes:
         raise LabelError(

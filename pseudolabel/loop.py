@@ -29,6 +29,7 @@ from pseudolabel.validate import Validation
 from pseudolabel.views.image import Normalize
 
 _LOG_EVERY = 20
+_LOADER_TIMEOUT = 300.0  # seconds for one batch; a loader whose shared memory is full hangs
 
 
 def _leave_ending_to_the_parent(_: int) -> None:
@@ -100,9 +101,9 @@ class TrainingLoop:
         earlier, started = float(self._facts["seconds"]), time.monotonic()
         eval_every = self._settings.eval_every or max(self._steps // 10, 1)
         mark, marked_step = time.monotonic(), int(self._facts["step"])
-        rates = [learning_rate(self._settings, step, self._steps) for step in range(self._steps)]
         for step, batch in enumerate(self.batches_from(marked_step), start=marked_step):
-            loss = self.step(batch.to(self._device), rates[step])
+            rate = learning_rate(self._settings, step, self._steps)
+            loss = self.step(batch.to(self._device), rate)
             done = step + 1
             accuracy: float | None = None
             if done % eval_every == 0 or done == self._steps:
@@ -113,19 +114,19 @@ class TrainingLoop:
                     raise Diverged(
                         f"{self._run.path}: the loss is {value} at step {done}; use a smaller --lr, or --precision fp32"
                     )
-                rate = (done - marked_step) * self._settings.batch_size / max(time.monotonic() - mark, 1e-9)
+                speed = (done - marked_step) * self._settings.batch_size / max(time.monotonic() - mark, 1e-9)
                 mark, marked_step = time.monotonic(), done
                 self._run.log(
                     {
                         "step": done,
                         "loss": value,
-                        "lr": rates[step],
-                        "samples_per_second": round(rate, 1),
+                        "lr": rate,
+                        "samples_per_second": round(speed, 1),
                         "val_accuracy": accuracy,
                     }
                 )
                 if on_progress is not None:
-                    on_progress(TrainProgress(done, self._steps, value, rate, accuracy))
+                    on_progress(TrainProgress(done, self._steps, value, speed, accuracy))
             if done % eval_every == 0 and done < self._steps:
                 self._facts |= {"step": done, "seconds": earlier + time.monotonic() - started}
                 self._save()
@@ -196,6 +197,7 @@ class TrainingLoop:
             num_workers=self._workers,
             pin_memory=self._device.type == "cuda",
             multiprocessing_context=context,
+            timeout=_LOADER_TIMEOUT,
             worker_init_fn=_leave_ending_to_the_parent,
         )
         try:
@@ -203,8 +205,8 @@ class TrainingLoop:
                 if isinstance(batch, PseudolabelError):
                     raise batch
                 yield batch
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except (RuntimeError, OSError) as error:
+            if isinstance(error, RuntimeError) and "DataLoader" not in str(error):
                 raise
             raise WorkerDied(
                 "a loader process ended (killed, out of memory, or /dev/shm full?)\n"

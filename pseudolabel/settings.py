@@ -59,7 +59,7 @@ class TrainSettings(Settings):
         "kd", description="kd: KL to the soft labels; hard: CE with the teacher's class"
     )
     alpha: Fraction = Field(0.9, description="weight of the soft labels against the labels")
-    temperature: Positive = Field(2.0, description="temperature of the soft labels")
+    temperature: float = Field(2.0, ge=0.01, le=1000.0, description="temperature of the soft labels")
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="adamw, or sgd with Nesterov momentum 0.9")
     lr: Positive = Field(2e-3, description="peak learning rate")
     weight_decay: float = Field(0.05, ge=0, description="decoupled for adamw; not applied to norms and biases")

@@ -157,7 +157,9 @@ def train_corpus(corpus: Path) -> tuple[Work, Callable[[Path], dict[str, str]]]:
     annotate_corpus(corpus)[0](store)
 
     def work(out: Path) -> None:
-        shards = {split: list_shards(corpus / split) for split in ("labeled", "unlabeled", "val")}
+        shards = {
+            split: list_shards(corpus / split) for split in ("labeled", "unlabeled")
+        }  # no val: the last weights are kept
         train(settings, out, store=open_store(store), threads=1, **shards)
 
     return work, lambda out: {**files(out, "model.*", "recipe.toml"), "metrics": _metrics(out / "run.json")}

@@ -16,7 +16,7 @@ from conftest import digit_like, image_bytes, make_model
 from pseudolabel.annotate import AnnotateResult, annotate, annotate_shard
 from pseudolabel.checkpoint import load_model
 from pseudolabel.engines.local import LocalEngine
-from pseudolabel.errors import DamagedShard, SpecError, StorageError, StoreMismatch, TooManyRejects
+from pseudolabel.errors import DamagedShard, SpecError, StoreMismatch, TooManyRejects
 from pseudolabel.labels.store import open_store
 from pseudolabel.settings import AnnotateSettings
 from pseudolabel.shards import list_shards, read_samples
@@ -184,7 +184,7 @@ def test_resume_with_another_teacher_or_an_edited_shard_is_refused(
 def test_a_vanished_shard_is_one_clear_error(corpus: Path, teacher_dir: Path, tmp_path: Path) -> None:
     shards = list_shards(corpus / "unlabeled")
     (corpus / "unlabeled" / "unlabeled-1.tar").unlink()
-    with pytest.raises(StorageError, match=r"unlabeled-1\.tar failed: No such file"):
+    with pytest.raises(DamagedShard, match=r"unlabeled-1\.tar failed: No such file"):
         annotate(shards, parse_teacher(f"checkpoint:{teacher_dir}"), tmp_path / "store", engine=LocalEngine("cpu", 1))
 
 

@@ -561,7 +561,7 @@ def test_a_damaged_store_is_refused(store: Path, refuse: Refuse, content: bytes 
     ("args", "kind", "said"),
     [
         (("--alpha", 2), "RecipeError", r"alpha: .*less than or equal to 1 \(it is 2.0\)"),
-        (("--temperature", 0), "RecipeError", r"temperature: .*greater than 0 \(it is 0.0\)"),
+        (("--temperature", 0), "RecipeError", r"temperature: .*greater than or equal to 0.01 \(it is 0.0\)"),
         (("--temperature", "inf"), "RecipeError", "temperature: .*finite"),
         (("--epochs", "inf"), "RecipeError", "epochs: .*finite"),
         (("--lr", "nan"), "RecipeError", "lr: "),

@@ -115,7 +115,7 @@ def test_an_unknown_key_that_is_called_like_a_type_is_still_named(recipe_file: P
         ("train.epochs=0", "train.epochs: .*greater than 0"),
         ("train.alpha=1.5", "train.alpha: .*less than or equal to 1 (it is 1.5)"),
         ("train.alpha=-0.1", "train.alpha: .*greater than or equal to 0"),
-        ("train.temperature=0", "train.temperature: .*greater than 0 (it is 0)"),
+        ("train.temperature=0", "train.temperature: .*greater than or equal to 0.01 (it is 0)"),
         ("train.labeled_fraction=1.01", "train.labeled_fraction: "),
         ("train.ema=1", "train.ema: .*less than 1"),
         ("train.seed=-1", "train.seed: "),

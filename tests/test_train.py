@@ -84,18 +84,18 @@ def test_loader_processes_change_nothing(corpus: Path, store: Store, tmp_path: P
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_resume_from_a_checkpoint_is_exact(corpus: Path, store: Store, tmp_path: Path, optimizer: str) -> None:
     """Stopped by an exception after the second checkpoint; test_kill.py does it with SIGKILL."""
-    settings = SMALL.model_copy(update={"optimizer": optimizer})
-    _train(corpus, tmp_path / "whole", store, settings)
+    settings = SMALL.model_copy(update={"optimizer": optimizer, "lr": 0.02})
+    _train(corpus, tmp_path / "whole", store, settings, val=())  # without validation the last weights are kept
 
     def stop(progress: object) -> None:
         if progress.step == 10 or progress.step == 12:  # type: ignore[attr-defined]
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        _train(corpus, tmp_path / "stopped", store, settings, on_progress=stop)
+        _train(corpus, tmp_path / "stopped", store, settings, on_progress=stop, val=())
     assert not (tmp_path / "stopped" / "run.json").exists()
     assert (tmp_path / "stopped" / "checkpoint" / "state.safetensors").exists()
-    result = _train(corpus, tmp_path / "stopped", store, settings)
+    result = _train(corpus, tmp_path / "stopped", store, settings, val=())
     assert (tmp_path / "stopped" / "model.safetensors").read_bytes() == (
         tmp_path / "whole" / "model.safetensors"
     ).read_bytes()

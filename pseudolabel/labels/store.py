@@ -107,6 +107,11 @@ class Store:
         path = self.rejects_path(shard)
         if not path.exists():
             return schema.REJECT_SCHEMA.empty_table()
+        metadata = schema.read_metadata(path)
+        if (metadata.get("fingerprint"), metadata.get("shard")) != (self.fingerprint, shard):
+            raise StoreMismatch(
+                f"{path}: these are not the rejects of shard {shard!r} in this store; put its own file back"
+            )
         return schema.read_table(path)
 
     def tidy(self) -> None:
@@ -176,10 +181,10 @@ def open_store(root: str | Path) -> Store:
         identity = StoreIdentity(
             data["teacher"], tuple(data["classes"]), data["encoding"], data["views"], data["precision"]
         )
-        fingerprint = data["fingerprint"]
-    except (ValueError, KeyError, TypeError) as error:
+        fitting = data["fingerprint"] == identity.fingerprint
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise StoreError(f"{path}: can't be read ({error}); put the file back from a copy, or annotate anew") from error
-    if fingerprint != identity.fingerprint:
+    if not fitting:
         raise StoreError(
             f"{path}: was edited, its fingerprint no longer fits; put the file back from a copy, or annotate anew"
         )
