@@ -150,5 +150,5 @@ def _check_same_size(shard: Shard, info: PartInfo) -> None:
 def _append_line(path: Path, record: dict[str, Any]) -> None:
     with storage.explain_os_errors(path, "writing"):
         path.parent.mkdir(exist_ok=True)
-    with storage.explain_os_errors(path, "writing"), open(path, "a") as file:
+    with storage.explain_os_errors(path, "writing"), open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")

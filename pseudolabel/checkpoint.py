@@ -3,8 +3,8 @@
 A model is `model.safetensors` and `model.json` (architecture spec, classes, preprocessing, hash). A training state is
 one safetensors file whose header carries the JSON; it replaces the last one atomically.
 
-A model whose student is `python:module:function` imports that module by name, from the import path of whoever loads
-it: load such a model only if you trust where its model.json comes from.
+A model whose student is `python:module:function` calls that function when it is built, and model.json names it: such a
+model loads only for who says that its code is to be trusted (`trust_code`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from pseudolabel import storage
+from pseudolabel import specs, storage
 from pseudolabel.classifier import Classifier, make_classifier, weights_sha256
 from pseudolabel.errors import DamagedModel, SpecError
 from pseudolabel.students import build_student
@@ -80,7 +80,7 @@ def read_card(directory: Path) -> tuple[ModelCard, str]:
             f"{directory}: no model here (no model.json); name a directory that `pseudolabel train` has finished"
         )
     try:
-        data = json.loads(path.read_text())
+        data = json.loads(path.read_text(encoding="utf-8"))
         card = ModelCard(
             str(data["student"]), tuple(map(str, data["classes"])), Preprocessing.from_json(data["preprocessing"])
         )
@@ -115,10 +115,20 @@ def load_weights(directory: Path, body: nn.Module, sha256: str | None = None) ->
         )
 
 
-def load_model(directory: Path, device: torch.device) -> Classifier:
-    """A finished run's model, ready for `device`. Raises `DamagedModel`, `SpecError`."""
+def load_model(directory: Path, device: torch.device, *, trust_code: bool = False) -> Classifier:
+    """A finished run's model, ready for `device`.
+
+    Raises:
+        DamagedModel: it is incomplete, edited, or not what was saved.
+        SpecError: its student is `python:…`, which runs code of model.json's choosing, and `trust_code` is off.
+    """
     directory = storage.local_path(directory)
     card, sha256 = read_card(directory)
+    if not trust_code and specs.parse(card.student).scheme == "python":
+        raise SpecError(
+            f"{directory / 'model.json'}: loading this model calls {card.student}\nif you trust where it comes from, "
+            "say so: --trust-code for evaluate, checkpoint:RUN?trust_code=true for a teacher"
+        )
     body = card.build()
     load_weights(directory, body, sha256)
     return make_classifier(body, card.preprocessing, architecture=card.student, device=device, classes=card.classes)

@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import io
 import json
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -44,7 +46,11 @@ Overrides = Annotated[
 
 
 def main() -> None:
-    """Entry point: usage errors become JSON, too, if `--json` is given."""
+    """Entry point: usage errors become JSON, too, if `--json` is given. A scheduler's SIGTERM ends as Ctrl-C does."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal of another encoding must not cost the result
     if "--json" not in sys.argv:
         app()
         return
@@ -350,6 +356,9 @@ def evaluate(
         typer.Option("--labels", help="store of soft labels of these shards: how often the model agrees with it"),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="samples per forward pass")] = 256,
+    trust_code: Annotated[
+        bool, typer.Option("--trust-code", help="let a model with a python: student call the function it names")
+    ] = False,
     device: Device = "auto",
     as_json: Json = False,
 ) -> Mapping[str, Any]:
@@ -361,7 +370,14 @@ def evaluate(
 
     opened = open_store(store) if store is not None else None
     result = dataclasses.asdict(
-        evaluate(model, list_shards(shards), store=opened, device=resolve_device(device), batch_size=batch_size)
+        evaluate(
+            model,
+            list_shards(shards),
+            store=opened,
+            device=resolve_device(device),
+            batch_size=batch_size,
+            trust_code=trust_code,
+        )
     )
     shown = {
         name: result[name]

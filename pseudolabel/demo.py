@@ -15,7 +15,7 @@ from pseudolabel.errors import OutputExists, RecipeError, StorageError
 from pseudolabel.pack import pack
 from pseudolabel.recipe import Recipe, load_recipe
 from pseudolabel.rounds import Place, RunResult, Watcher, run
-from pseudolabel.specs import nearest
+from pseudolabel.specs import Spec, nearest
 
 _PACKAGE = Path(__file__).parent
 _VAL_FRACTION = 1000 / 13500
@@ -47,7 +47,7 @@ def load_demo_recipe(directory: Path, recipe: str, overrides: tuple[str, ...] = 
     paths = [f"data.{split}={json.dumps(str(shards / split))}" for split in ("labeled", "unlabeled", "val", "test")]
     paths.append(f"data.classes={json.dumps(str(data / 'classes.txt'))}")
     if recipe == "fashion_mnist":
-        paths.append(f"teacher.specs={json.dumps(['checkpoint:' + str(data / 'teacher')])}")
+        paths.append(f"teacher.specs={json.dumps([str(Spec('checkpoint', str(data / 'teacher')))])}")
     return load_recipe(bundled(f"pipelines/{recipe}.toml"), [*paths, *overrides])
 
 
@@ -55,7 +55,7 @@ def pack_bundled(shards: Path) -> None:
     """500 labeled, 12,000 unlabeled, 1,000 validation and 3,500 test images, the same bytes every time."""
     if shards.exists():
         marker = shards / "dataset.json"
-        if not marker.exists() or "bundled" not in json.loads(marker.read_text()):
+        if not marker.exists() or "bundled" not in json.loads(marker.read_text(encoding="utf-8")):
             raise OutputExists(f"{shards}: holds something else; choose another --out")
         return
     data, scratch = bundled("data/fashion-mnist"), shards.with_name(".shards.partial")

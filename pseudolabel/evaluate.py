@@ -45,9 +45,10 @@ def evaluate(
     store: Store | str | Path | None = None,
     device: str = "cpu",
     batch_size: int = 256,
+    trust_code: bool = False,
 ) -> Evaluation:
     """Run a finished run's model over labeled `shards`. With `store`, also how often it agrees with the store's
-    teacher on them.
+    teacher on them. `trust_code` as in `load_model`.
 
     Raises:
         DamagedModel, DamagedShard: what is read is not whole.
@@ -58,7 +59,7 @@ def evaluate(
 
     shards = as_shards(shards)
     store = open_store(store) if isinstance(store, (str, Path)) else store
-    classifier = load_model(Path(model), torch.device(device))
+    classifier = load_model(Path(model), torch.device(device), trust_code=trust_code)
     num_classes = len(classifier.classes)
     if store is not None and store.identity.num_classes != num_classes:
         raise StoreMismatch(

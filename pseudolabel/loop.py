@@ -20,9 +20,11 @@ from pseudolabel.checkpoint import ModelCard, flatten_optimizer, load_state, res
 from pseudolabel.dataset import Batch, CarriedErrors, TrainingBatches
 from pseudolabel.errors import Diverged, OutOfMemory, PseudolabelError, SpecError, WorkerDied
 from pseudolabel.inputs import TrainingData
+from pseudolabel.layout import training_layout
 from pseudolabel.losses import Mixture
 from pseudolabel.optim import learning_rate, make_average, make_optimizer
 from pseudolabel.precision import autocast
+from pseudolabel.processes import end_with_parent
 from pseudolabel.rundir import RunDirectory
 from pseudolabel.settings import TrainSettings
 from pseudolabel.validate import Validation
@@ -36,6 +38,7 @@ def _leave_ending_to_the_parent(_: int) -> None:
     """In a loader process: Ctrl-C is the parent's to handle, and the sharing thread's complaint when it ends is noise.
     What a batch raises travels to the parent all the same.
     """
+    end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.excepthook = lambda *_: None
 
@@ -77,7 +80,9 @@ class TrainingLoop:
         )
         self._num_classes = len(card.classes)
         torch.manual_seed(settings.seed)
-        self.body = card.build().to(device).to(memory_format=torch.channels_last)
+        self.body = card.build().to(device)
+        self._layout = training_layout(self.body)
+        self.body.to(memory_format=self._layout)
         self._normalize = Normalize(card.preprocessing).to(device)
         self._average = make_average(self.body, settings.ema) if settings.ema else None
         self._optimizer = make_optimizer(self.body, settings)
@@ -151,7 +156,7 @@ class TrainingLoop:
         self.body.train()
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        pixels_BCHW = self._normalize(batch.pixels_BCHW).contiguous(memory_format=torch.channels_last)
+        pixels_BCHW = self._normalize(batch.pixels_BCHW).contiguous(memory_format=self._layout)
         with autocast(self._settings.precision, self._device):
             logits_BC = self.body(pixels_BCHW)
         if not isinstance(logits_BC, Tensor) or logits_BC.shape != (len(batch.labels_B), self._num_classes):

@@ -78,7 +78,7 @@ def read_tables(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
     """A TOML file with overrides applied, not validated. Raises `RecipeError`."""
     file = storage.local_path(path)
     try:
-        tables = tomllib.loads(file.read_text())
+        tables = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise RecipeError(f"{file}: can't be read: {error.strerror}; check the path") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

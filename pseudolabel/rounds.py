@@ -5,11 +5,12 @@
     DIR/round-1/store/         the teacher's soft labels
     DIR/round-1/student/       a run directory; the next round's teacher
     DIR/control/               the same student from the labels alone, for as many steps
+    DIR/evaluations/           what each model reached on which shards
     DIR/run.json               written last: the table
 
-Each stage is skipped if it is done: a store knows its fingerprint, a run directory its own, so there is no other
-bookkeeping to go wrong. The same command after a kill goes on where it stopped; with a changed recipe it refuses to
-mix the old with the new.
+Each stage is skipped if it is done: a store knows its fingerprint, a run directory its own, an evaluation the hashes
+of model and shards, so there is no other bookkeeping to go wrong. The same command after a kill goes on where it
+stopped; with a changed recipe it refuses to mix the old with the new.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ from pseudolabel.annotate import Progress, annotate
 from pseudolabel.checkpoint import read_card
 from pseudolabel.engines import default_engine
 from pseudolabel.errors import OutputExists, RecipeError
-from pseudolabel.evaluate import Evaluation, evaluate
+from pseudolabel.evaluate import evaluate
 from pseudolabel.interfaces import Engine, Teacher
 from pseudolabel.labels.store import open_store
 from pseudolabel.loop import TrainProgress
 from pseudolabel.recipe import Recipe
 from pseudolabel.settings import TrainSettings
-from pseudolabel.shards import Shard, list_shards
+from pseudolabel.shards import Shard, list_shards, shard_sha256
 from pseudolabel.teachers import parse_teachers
 from pseudolabel.train import TrainResult, train
 
@@ -113,7 +114,7 @@ def run(recipe: Recipe, out: str | Path, place: Place | None = None, watcher: Wa
         row, trained = pipeline.round(number, teacher_uris)
         rounds.append(row)
         steps = trained.steps
-        teacher_uris = [f"checkpoint:{pipeline.out / f'round-{number}' / 'student'}"]
+        teacher_uris = [_as_teacher(pipeline.out / f"round-{number}" / "student", recipe.train.student)]
     control = pipeline.control(steps) if recipe.rounds.control else None
     result = RunResult(str(out), tuple(rounds), control, teacher_row, round(time.monotonic() - started, 3))
     content = {
@@ -148,18 +149,20 @@ class _Pipeline:
 
     def claim(self) -> None:
         """Write the recipe, or find it. Raises `OutputExists` for another one."""
-        storage.remove_stale(self.out)
+        for directory in (self.out, self.out / "evaluations"):
+            storage.remove_stale(directory)
         path = self.out / "recipe.toml"
         text = tomli_w.dumps(self.recipe.model_dump(mode="json", exclude_none=True))
         if path.exists():
-            if path.read_text() != text:
+            if path.read_text(encoding="utf-8") != text:
                 raise OutputExists(
                     f"{self.out}: holds the run of another recipe (compare its recipe.toml); choose "
                     "another --out, or the old recipe"
                 )
             return
         if self.out.exists() and any(
-            path.name.startswith(("round-", "control", "teacher", "run.json")) for path in self.out.iterdir()
+            path.name.startswith(("round-", "control", "teacher", "evaluations", "run.json"))
+            for path in self.out.iterdir()
         ):
             raise OutputExists(f"{self.out}: holds stages of a run but no recipe.toml; choose another --out")
         storage.write_atomic(path, text)
@@ -172,7 +175,7 @@ class _Pipeline:
             return uris, self._given_teacher(uris)
         self.watcher.stage("teacher: training on the labels alone")
         result = self._train(own, self.out / "teacher", control=True)
-        return [f"checkpoint:{self.out / 'teacher'}"], self._row(
+        return [_as_teacher(self.out / "teacher", own.student)], self._row(
             0, "labels alone", own.student, self.out / "teacher", result
         )
 
@@ -183,7 +186,11 @@ class _Pipeline:
             return None
         directory = storage.local_path(spec.name)
         self.watcher.stage("teacher: evaluating")
-        val, test = self._accuracy(directory, self.val), self._accuracy(directory, self.test)
+        trusted = dict(spec.args).get("trust_code") is True
+        val, test = (
+            self._accuracy(name, directory, shards, trust_code=trusted)
+            for name, shards in (("teacher-val", self.val), ("teacher", self.test))
+        )
         card, _ = read_card(directory)
         parameters = sum(parameter.numel() for parameter in card.build().parameters())
         return Round(0, "given", card.student, parameters, val, test, 0.0)
@@ -242,22 +249,45 @@ class _Pipeline:
             student,
             result.parameters,
             result.val_accuracy,
-            self._accuracy(directory, self.test),
+            self._accuracy("-".join(directory.relative_to(self.out).parts), directory, self.test, trust_code=True),
             result.seconds,
         )
 
-    def _accuracy(self, directory: Path, shards: list[Shard] | None) -> float | None:
+    def _accuracy(
+        self, name: str, directory: Path, shards: list[Shard] | None, *, trust_code: bool = False
+    ) -> float | None:
+        """Of a model on `shards`; found in evaluations/ if it was measured there before, on the same content."""
         if shards is None:
             return None
-        found: Evaluation = evaluate(directory, shards, device=self.place.device)
+        path = self.out / "evaluations" / f"{name}.json"
+        inputs = {"model": read_card(directory)[1], "shards": {shard.name: shard_sha256(shard) for shard in shards}}
+        if (known := _read_evaluation(path, inputs)) is not None:
+            return known
+        found = evaluate(directory, shards, device=self.place.device, trust_code=trust_code)
+        storage.write_atomic(path, json.dumps({**inputs, **asdict(found)}, indent=1) + "\n")
         return found.accuracy
+
+
+def _as_teacher(run: Path, student: str) -> str:
+    """The spec of a run's student as the next teacher. The recipe named its code, so it may run."""
+    trust = (("trust_code", True),) if student.startswith("python:") else ()
+    return str(specs.Spec("checkpoint", str(run), trust))
+
+
+def _read_evaluation(path: Path, inputs: dict[str, Any]) -> float | None:
+    """The accuracy in an evaluation of just these inputs."""
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+        return float(known["accuracy"]) if {name: known[name] for name in inputs} == inputs else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # none there, or not ours: it is measured anew
 
 
 def read_classes(path: str | Path) -> tuple[str, ...]:
     """Class names, one a line. Raises `RecipeError`."""
     file = storage.local_path(path)
     try:
-        names = tuple(line.strip() for line in file.read_text().splitlines() if line.strip())
+        names = tuple(line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{file}: can't read class names: {error}") from error
     if not names or len(set(names)) != len(names):

@@ -23,6 +23,7 @@ from pseudolabel import storage
 from pseudolabel.errors import OutputExists
 
 FORMAT_VERSION = 1
+_TORN = 1 << 62  # the step of a line that a kill cut short: after all others
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class RunDirectory:
             raise OutputExists(f"{self.path}: is a file; choose another --out")
         if marker.exists() and not overwrite:
             try:
-                found = json.loads(marker.read_text())
+                found = json.loads(marker.read_text(encoding="utf-8"))
                 fingerprint = found["fingerprint"]
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise OutputExists(
@@ -90,13 +91,13 @@ class RunDirectory:
 
     def log(self, record: Mapping[str, Any]) -> None:
         path = self.path / "metrics.jsonl"
-        with storage.explain_os_errors(path, "writing"), open(path, "a") as file:
+        with storage.explain_os_errors(path, "writing"), open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps({name: value for name, value in record.items() if value is not None}) + "\n")
 
     def cut_log(self, step: int) -> None:
         """Drop what was logged after the checkpoint at `step`: those steps are done again."""
         path = self.path / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         kept = [line for line in lines if _step_of(line) <= step]
         storage.write_atomic(path, "".join(line + "\n" for line in kept))
 
@@ -151,8 +152,14 @@ class RunDirectory:
         return f"{self.path}: holds a run that differs from this one ({what})\n{remedy}"
 
 
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl that are whole, in order."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    return [json.loads(line) for line in lines if _step_of(line) != _TORN]
+
+
 def _step_of(line: str) -> int:
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
-        return 1 << 62  # torn by a kill
+        return _TORN

@@ -67,6 +67,10 @@ def list_shards(spec: str | os.PathLike[str] | Iterable[str | os.PathLike[str]])
     by_name: dict[str, str] = {}
     for path in paths:
         name = os.path.basename(path).removesuffix(".tar")
+        if not name.isascii() and not _is_utf8(name):
+            raise ShardListError(
+                f"{os.fsencode(path)!r}: this file name is not UTF-8; rename the shard, or set PYTHONUTF8=1"
+            )
         other = by_name.setdefault(name, path)
         if other != path and os.path.realpath(other) != os.path.realpath(path):
             raise ShardListError(
@@ -76,13 +80,21 @@ def list_shards(spec: str | os.PathLike[str] | Iterable[str | os.PathLike[str]])
     return [Shard(name, by_name[name]) for name in sorted(by_name)]
 
 
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # a byte that the file system's encoding could not make sense of
+        return False
+    return True
+
+
 def _expand(spec: str) -> list[str]:
     if not spec:
         raise ShardListError("an empty text names no shards; is a variable unset?")
     if spec.startswith("@"):
         listing = storage.local_path(spec[1:])
         try:
-            lines = listing.read_text().splitlines()
+            lines = listing.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise ShardListError(f"{listing}: can't read this list of shards: {error}") from error
         found = [
@@ -171,6 +183,13 @@ class ShardFile:
     def sha256(self) -> str:
         """The hash of the whole file, as hexadecimal digits."""
         return hashlib.sha256(self._map).hexdigest()
+
+
+def shard_sha256(shard: Shard) -> str:
+    """The hash of a shard's file, whatever is in it. Raises `StorageError`."""
+    path = storage.local_path(shard.path)
+    with storage.explain_os_errors(path, "reading"), open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_samples(shard: Shard) -> Iterator[Sample]:

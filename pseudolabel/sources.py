@@ -11,6 +11,7 @@ import math
 import os
 import re
 import struct
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -146,6 +147,13 @@ def _table(path: Path, columns: dict[str, Any], image_column: str | None, label_
             f"{path}: which of the columns {', '.join(columns)} holds image paths or bytes? name it with --image-column"
         )
     label = _choose(path, columns, label_column, _LABEL_COLUMNS, "label")
+    if label is None and len(columns) > 1:
+        others = ", ".join(name for name in columns if name != image)
+        warnings.warn(
+            f"{path}: no column is called {'/'.join(_LABEL_COLUMNS)}, so the images are packed without labels; if one "
+            f"of {others} holds them, name it with --label-column",
+            stacklevel=2,
+        )
     values = columns[image]
     if len(values) == 0:
         raise SourceError(f"{path}: has no rows")

@@ -1,5 +1,7 @@
 """Specs as URIs: `scheme:name?arg=value&arg=value`, as teachers and students are named on the command line.
 
+A `?`, `%` or `@` that is part of a name or value is written %3F, %25 or %40, as `str(Spec(…))` does.
+
 >>> parse("small:resnet8?width=16")
 Spec(scheme='small', name='resnet8', args=(('width', 16),))
 """
@@ -7,14 +9,16 @@ Spec(scheme='small', name='resnet8', args=(('width', 16),))
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import parse_qsl, quote
+from urllib.parse import parse_qsl, quote, unquote
 
 from pseudolabel.errors import SpecError
 
-_PLAIN = "/:.,@~"  # characters of values that need no escape
+_PLAIN = "/:.,~"  # characters of values that need no escape
+_SPECIAL = re.compile("[%?@]")  # characters of names that do
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,8 @@ class Spec:
 
     def __str__(self) -> str:
         query = "&".join(f"{key}={quote(str(value), safe=_PLAIN)}" for key, value in self.args)
-        return f"{self.scheme}:{self.name}" + (f"?{query}" if query else "")
+        name = _SPECIAL.sub(lambda match: quote(match[0], safe=""), self.name)
+        return f"{self.scheme}:{name}" + (f"?{query}" if query else "")
 
     def only(self, allowed: Iterable[str]) -> dict[str, Any]:
         """The arguments as a dict. Raises `SpecError` for one that isn't `allowed`, naming the nearest that is."""
@@ -55,7 +60,7 @@ def parse(text: str) -> Spec:
         raise SpecError(f"{text!r}: can't read the arguments after '?' ({error}); write arg=value&arg=value") from error
     if len(dict(pairs)) != len(pairs):
         raise SpecError(f"{text!r}: an argument is given twice")
-    return Spec(scheme, name, tuple((key, _value(value)) for key, value in pairs))
+    return Spec(scheme, unquote(name), tuple((key, _value(value)) for key, value in pairs))
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -85,6 +85,11 @@ def write_atomic(target: Path, data: bytes | str) -> None:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
+def is_temporary(path: Path) -> bool:
+    """Whether `path` is what a writer, living or killed, has not finished: no reader looks at it."""
+    return path.name.startswith(".") and _TEMPORARY in path.name
+
+
 def remove_stale(directory: Path) -> None:
     """Delete temporary files in `directory` whose writer is gone; those of living writers stay."""
     for path in directory.glob(f".*{_TEMPORARY}*"):

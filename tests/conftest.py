@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,17 @@ class Cli:
             message = result["error"]["message"] if "error" in result else str(result["problems"])
             assert 1 <= len(message.splitlines()) <= 5, message
         return result, err
+
+
+def wait_until_gone(group: int) -> None:
+    """Wait until no process of the group is left; one that stays is a failure."""
+    for _ in range(500):
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.02)
+    raise AssertionError("a worker outlived its command")
 
 
 @pytest.fixture

@@ -85,22 +85,26 @@ def _kill_before_commit_step(number: int) -> None:
         setattr(os, name, deadly(getattr(os, name)))
 
 
-def prove(work: Work, look: Callable[[Path], dict[str, str]], scratch: Path, stride: int) -> dict[str, int]:
-    """Kill at every `stride`-th commit step and at random moments; each time the resumed result must be the same."""
+def prove(work: Work, look: Callable[[Path], dict[str, str]], scratch: Path, moments: str, stride: int) -> int:
+    """Kill at every `stride`-th commit step, or at random moments; each time the resumed result must be the same.
+    Returns how often it struck.
+    """
     started = time.monotonic()
     assert in_child(work, scratch / "undisturbed")
     duration = time.monotonic() - started
     wanted = look(scratch / "undisturbed")
     assert wanted
-    steps = 0
-    while _killed_and_resumed(work, look, scratch / "killed", wanted, kill_at_step=steps):
-        steps += stride
-    moments, struck, tries = random.Random(0), 0, 0
+    struck = 0
+    if moments == "commit_steps":
+        while _killed_and_resumed(work, look, scratch / "killed", wanted, kill_at_step=struck * stride):
+            struck += 1
+        return struck
+    dice, tries = random.Random(0), 0
     while struck < RANDOM_KILLS:
         tries += 1
         assert tries < 5 * RANDOM_KILLS
-        struck += _killed_and_resumed(work, look, scratch / "killed", wanted, kill_after=moments.uniform(0.0, duration))
-    return {"commit_steps": steps, "random_kills": struck}
+        struck += _killed_and_resumed(work, look, scratch / "killed", wanted, kill_after=dice.uniform(0.0, duration))
+    return struck
 
 
 def _killed_and_resumed(
@@ -200,6 +204,6 @@ def _metrics(path: Path) -> str:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     scenario = {"annotate": annotate_corpus, "train": train_corpus, "run": run_corpus}[sys.argv[1]]
-    directory = Path(sys.argv[2])
+    directory = Path(sys.argv[3])
     stride = 5 if sys.argv[1] == "run" else 1  # its stages' steps are those of the other two
-    print(json.dumps(prove(*scenario(directory), directory / "scratch", stride)))
+    print(json.dumps({"kills": prove(*scenario(directory), directory / "scratch", sys.argv[2], stride)}))

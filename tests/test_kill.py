@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, Cli, image_bytes, make_model
+from conftest import REPOSITORY, Cli, image_bytes, make_model, wait_until_gone
 
 from pseudolabel.labels.store import open_store
 from pseudolabel.labels.verify import verify
@@ -19,16 +19,17 @@ from pseudolabel.shards import list_shards, write_shard
 
 
 @pytest.mark.parametrize("scenario", ["annotate", "train", "run"])
-def test_killed_at_every_commit_step_and_at_random_moments(scenario: str, corpus: Path) -> None:
+@pytest.mark.parametrize(("moments", "least"), [("commit_steps", 10), ("random", 20)])
+def test_killed_at_every_commit_step_and_at_random_moments(
+    scenario: str, moments: str, least: int, corpus: Path
+) -> None:
     make_model(corpus / "teacher")
     spoiled = [("good", {"png": image_bytes()}), ("bad", {"png": b"no image"}), ("worse", {"txt": b"none at all"})]
     write_shard(corpus / "unlabeled" / "spoiled.tar", spoiled)
-    command = [sys.executable, str(REPOSITORY / "tests" / "killing.py"), scenario, str(corpus)]
+    command = [sys.executable, str(REPOSITORY / "tests" / "killing.py"), scenario, moments, str(corpus)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
-    counts = json.loads(done.stdout.splitlines()[-1])
-    assert counts["commit_steps"] >= 10
-    assert counts["random_kills"] >= 20
+    assert json.loads(done.stdout.splitlines()[-1])["kills"] >= least
 
 
 @pytest.fixture
@@ -39,7 +40,9 @@ def long_corpus(tmp_path: Path) -> Path:
     return tmp_path / "many"
 
 
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("sent", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130), (signal.SIGTERM, 130)]
+)
 def test_many_workers_are_stopped_and_go_on(
     cli: Cli, long_corpus: Path, teacher_dir: Path, sent: signal.Signals, code: int
 ) -> None:
@@ -65,8 +68,8 @@ def test_many_workers_are_stopped_and_go_on(
         process.send_signal(sent)
     process.communicate(timeout=60)
     assert process.returncode == code
-    _wait_until_gone(process.pid)
-    if sent == signal.SIGINT:
+    wait_until_gone(process.pid)
+    if sent != signal.SIGKILL:
         assert all(path.suffix == ".parquet" and not path.name.startswith(".") for path in store.glob("parts/*"))
     left = verify(open_store(store))
     assert [problem for problem in left.problems if problem.kind != "ForeignFile"] == []  # a killed writer's temporary
@@ -79,13 +82,3 @@ def test_many_workers_are_stopped_and_go_on(
     assert verify(open_store(store), list_shards(long_corpus)).ok
     for part in (cli.cwd / "other" / "parts").iterdir():
         assert (store / "parts" / part.name).read_bytes() == part.read_bytes()
-
-
-def _wait_until_gone(group: int) -> None:
-    for _ in range(500):
-        try:
-            os.killpg(group, 0)
-        except ProcessLookupError:
-            return
-        time.sleep(0.02)
-    raise AssertionError("a worker outlived its command")

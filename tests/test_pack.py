@@ -231,6 +231,14 @@ def test_csv_labels(
     assert result.samples.get("unlabeled", 0) == labels.count(None)
 
 
+def test_csv_whose_labels_go_by_another_name_says_so(pictures: Path, tmp_path: Path) -> None:
+    """They were packed as unlabeled without a word."""
+    path = table(pictures / "t.csv", ("path", "kind"), ("pictures/a.png", "cat"), ("pictures/b.png", "dog"))
+    with pytest.warns(UserWarning, match="packed without labels; if one of kind holds them, name it with --label-col"):
+        assert pack(path, tmp_path / "out").samples == {"unlabeled": 2}
+    assert pack(path, tmp_path / "named", label_column="kind").samples == {"labeled": 2}
+
+
 def test_csv_from_a_spreadsheet(pictures: Path, tmp_path: Path) -> None:
     """A byte order mark, semicolons no, tabs yes, quoted commas, absolute paths, one file twice, other columns."""
     rows = [

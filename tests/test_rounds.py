@@ -6,17 +6,20 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import Cli, make_model
 
 from pseudolabel.demo import load_demo_recipe, pack_bundled
 from pseudolabel.display import Display
 from pseudolabel.engines.local import LocalEngine
-from pseudolabel.errors import OutputExists, StoreError
+from pseudolabel.errors import OutputExists, SpecError, StoreError
+from pseudolabel.evaluate import evaluate
 from pseudolabel.labels.store import open_store
 from pseudolabel.recipe import Recipe, load_recipe
 from pseudolabel.report import write_report
 from pseudolabel.rounds import Place, RunResult, run, table
 from pseudolabel.shards import list_shards, read_samples
+from pseudolabel.teachers import parse_teacher
 
 PLACE = Place(LocalEngine("cpu", 1), threads=1)
 STUDENT = (
@@ -115,6 +118,57 @@ def _classes_of_first_part(root: Path) -> list[int]:
     store = open_store(root / "run" / "round-1" / "store")
     preds: list[int] = store.read(store.part_names()[0])["pred"].to_pylist()
     return preds
+
+
+def test_an_evaluation_is_kept_until_model_or_shards_change(recipe_file: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(recipe_file, ["rounds.count=1", "rounds.control=false"])
+    _run(recipe, tmp_path / "run")
+    path = tmp_path / "run" / "evaluations" / "round-1-student.json"
+    known = json.loads(path.read_text())
+    assert known["samples"] == 24
+    path.write_text(json.dumps({**known, "accuracy": 0.125}))
+    assert _run(recipe, tmp_path / "run").rounds[0].test_accuracy == 0.125
+    for spoiled in (json.dumps({**known, "accuracy": 0.125, "model": "another"}), "{torn", "[]"):
+        path.write_text(spoiled)
+        assert _run(recipe, tmp_path / "run").rounds[0].test_accuracy == known["accuracy"]
+        assert json.loads(path.read_text()) == known
+
+
+def test_a_directory_may_have_any_name(recipe_file: Path, tmp_path: Path) -> None:
+    """`?`, `%` and `@0.5` mean something in the spec of the next round's teacher."""
+    _run(load_recipe(recipe_file), tmp_path / "what?a=b 100%25@0.5")
+
+
+def test_a_python_student_teaches_the_next_round(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The recipe names the code, so rounds trust what it made; whoever finds the model later has to say so."""
+    (tmp_path / "own_student.py").write_text(
+        "from torch import nn\n"
+        "def net(num_classes, in_channels):\n"
+        "    return nn.Sequential(nn.AvgPool2d(3), nn.Flatten(), nn.Linear(16 * in_channels, num_classes))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    recipe_file.write_text(recipe_file.read_text().replace("small:resnet8?width=4", "python:own_student:net"))
+    result = _run(load_recipe(recipe_file, ["rounds.control=false"]), tmp_path / "run")
+    assert len(result.rounds) == 2
+    model, shards = tmp_path / "run" / "round-2" / "student", tmp_path / "corpus" / "val"
+    with pytest.raises(SpecError, match=r"loading this model calls python:own_student:net\n.*--trust-code"):
+        evaluate(model, shards)
+    assert evaluate(model, shards, trust_code=True).accuracy == result.rounds[1].test_accuracy
+    with pytest.raises(SpecError, match="trust_code=true"):
+        parse_teacher(f"checkpoint:{model}").load(torch.device("cpu"))
+    assert len(parse_teacher(f"checkpoint:{model}?trust_code=true").load(torch.device("cpu")).classes) == 4
+    with pytest.raises(SpecError, match="write true or false"):
+        parse_teacher(f"checkpoint:{model}?trust_code=yes")
+
+
+def test_a_page_leaves_out_torn_lines_of_metrics(recipe_file: Path, tmp_path: Path) -> None:
+    _run(load_recipe(recipe_file, ["rounds.count=1", "rounds.control=false"]), tmp_path / "run")
+    for name in ("teacher", "round-1/student"):
+        with open(tmp_path / "run" / name / "metrics.jsonl", "ab") as file:
+            file.write(b'{"step": 7, "lo\xff\n[]\n')
+    assert "Plotly.newPlot" in write_report(tmp_path / "run").read_text()
 
 
 def test_run_as_a_command(recipe_file: Path, cli: Cli) -> None:

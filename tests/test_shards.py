@@ -9,6 +9,7 @@ import gzip
 import hashlib
 import io
 import os
+import os
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -703,6 +704,15 @@ def test_one_file_named_twice_is_one_shard(places: Path, tmp_path: Path) -> None
     other.mkdir()
     (other / "y.tar").symlink_to(places / "y.tar")
     assert names([places / "y.tar", f"{places}/y*.tar", f"{places}/../d/y.tar", other / "y.tar"]) == ["y"]
+
+
+def test_a_file_name_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    """It ended in a traceback when its part was to be named."""
+    shard_file = os.path.join(os.fsencode(tmp_path), b"caf\xe9.tar")
+    with open(shard_file, "wb") as file:
+        file.write(bytes(1024))
+    with pytest.raises(ShardListError, match=r"caf\\xe9\.tar'?: this file name is not UTF-8"):
+        list_shards(tmp_path)
 
 
 def test_two_shards_of_one_name_are_refused(places: Path, tmp_path: Path) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import digit_like, image_bytes, make_model
+from conftest import Cli, digit_like, image_bytes, make_model, wait_until_gone
 
 from pseudolabel.annotate import annotate
 from pseudolabel.checkpoint import load_model
@@ -18,11 +19,13 @@ from pseudolabel.evaluate import evaluate
 from pseudolabel.inputs import TrainingData, check_annotated, check_labeled
 from pseudolabel.labels.encodings import parse_encoding
 from pseudolabel.labels.store import Store, open_store
+from pseudolabel.layout import training_layout
 from pseudolabel.losses import NO_LABEL
 from pseudolabel.optim import learning_rate
 from pseudolabel.order import RowOrder
 from pseudolabel.settings import AnnotateSettings, AugmentSettings, TrainSettings
 from pseudolabel.shards import list_shards, write_shard
+from pseudolabel.students import build_student
 from pseudolabel.teachers import parse_teacher
 from pseudolabel.train import TrainResult, train
 from pseudolabel.views.image import square
@@ -360,3 +363,36 @@ def test_paths_will_do_for_the_api(corpus: Path, tmp_path: Path) -> None:
 def test_nothing_to_learn_from_is_refused(corpus: Path, store: Store, tmp_path: Path) -> None:
     with pytest.raises(LabelError, match="nothing to learn from"):
         _train(corpus, tmp_path / "run", store, SMALL.model_copy(update={"alpha": 0.0, "labeled_fraction": 0.0}))
+
+
+@pytest.mark.parametrize(("width", "layout"), [(4, torch.contiguous_format), (8, torch.channels_last)])
+def test_a_strided_pointwise_convolution_of_few_channels_does_not_crash(
+    width: int, layout: torch.memory_format
+) -> None:
+    """oneDNN corrupted the heap in its backward pass, channels last, on CPUs without AVX-512: the process died."""
+    body = build_student(f"small:resnet8?width={width}", num_classes=4, channels=1)
+    assert training_layout(body) is layout
+    body.to(memory_format=layout)
+    for _ in range(10):
+        body(torch.randn(16, 1, 12, 12).contiguous(memory_format=layout)).sum().backward()
+
+
+def test_killed_beside_its_loader_process_it_goes_on_to_the_same_weights(cli: Cli, corpus: Path, store: Store) -> None:
+    """SIGKILL to the command alone, after its first checkpoint; the loader process must not outlive it."""
+    given = ("--labeled", corpus / "labeled", "--unlabeled", corpus / "unlabeled", "--labels", store.root)
+    options = ("--student", "small:resnet8?width=4", "--image-size", 12, "--channels", 1, "--batch-size", 16)
+    place = ("--steps", 60, "--eval-every", 5, "--device", "cpu", "--workers", 1, "--threads", 1)
+    arguments = ("train", *given, *options, *place)
+    process = cli.start(*arguments, "--out", "killed")
+    state = cli.cwd / "killed" / "checkpoint" / "state.safetensors"
+    while not state.exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    assert state.exists()
+    wait_until_gone(process.pid)
+    cli(*arguments, "--out", "killed")
+    cli(*arguments, "--out", "undisturbed")
+    killed, undisturbed = (cli.cwd / name / "model.safetensors" for name in ("killed", "undisturbed"))
+    assert killed.read_bytes() == undisturbed.read_bytes()

@@ -12,7 +12,6 @@ import multiprocessing.reduction
 import os
 import signal
 import sys
-import threading
 import traceback
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from typing import Any, TypeVar
 import torch
 
 from pseudolabel.errors import PseudolabelError, SpecError, WorkerDied
+from pseudolabel.processes import end_with_parent
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -155,7 +155,7 @@ def _serve(
 def _worker(work: _Work, device: str, request: Connection, result: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted and ends us
     sys.stdout = sys.stderr  # stdout is the command's, and may carry JSON
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     if device == "cpu":
         torch.set_num_threads(1)
     else:
@@ -181,10 +181,3 @@ def _worker(work: _Work, device: str, request: Connection, result: Connection) -
         except Exception:
             error = RuntimeError(f"in a worker:\n{traceback.format_exc()}")
         result.send(("error", error))
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from pseudolabel import storage
 from pseudolabel.errors import DamagedPart, DamagedShard, PseudolabelError, StoreMismatch
 from pseudolabel.labels import schema
 from pseudolabel.labels.schema import PartInfo
@@ -62,6 +63,8 @@ def verify(store: Store, shards: Sequence[Shard] = ()) -> VerifyResult:
 def _foreign_files(store: Store) -> Iterator[Problem]:
     for directory in ("parts", "rejects"):
         for path in sorted((store.root / directory).glob("*")):
+            if storage.is_temporary(path):
+                continue  # of a killed annotate: the next one removes it
             if path.suffix != ".parquet" or not path.is_file():
                 yield Problem(path.name, "ForeignFile", f"{path}: doesn't belong into a store; remove it")
 

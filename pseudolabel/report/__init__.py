@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from pseudolabel import storage
 from pseudolabel.errors import PseudolabelError, ShardListError, StoreError
+from pseudolabel.rundir import read_metrics
 
 _SHOWN_PER_ROW = 8
 
@@ -45,12 +46,12 @@ def write_report(directory: str | Path) -> Path:
     if not marker.exists():
         raise StoreError(f"{root}: no finished run here (no run.json); finish it with the command that started it")
     try:
-        content = json.loads(marker.read_text())
+        content = json.loads(marker.read_text(encoding="utf-8"))
         rows = _rows(content)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StoreError(f"{marker}: can't be read ({error!r}); run the command that made it again") from error
     runs = dict(_run_directories(root))
-    template = resources.files("pseudolabel.report").joinpath("page.html.j2").read_text()
+    template = resources.files("pseudolabel.report").joinpath("page.html.j2").read_text(encoding="utf-8")
     page = Environment(undefined=StrictUndefined, autoescape=True).from_string(template)
     text = page.render(
         title=root.resolve().name,
@@ -93,7 +94,7 @@ def _curves(runs: dict[str, Path]) -> str:
     )
     colours = ("#1b6ca8", "#d1495b", "#2e8b57", "#edae49", "#6a4c93", "#555555")
     for (name, path), colour in zip(runs.items(), colours * 4, strict=False):
-        lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+        lines = read_metrics(path / "metrics.jsonl")
         validated = [line for line in lines if "val_accuracy" in line]
         for column, field, points in ((1, "val_accuracy", validated), (2, "loss", lines)):
             steps, values = [point["step"] for point in points], [point[field] for point in points]
@@ -188,4 +189,4 @@ def _data_uri(fields: Any) -> str:
 
 def _recipe(root: Path) -> str:
     path = root / "recipe.toml"
-    return path.read_text() if path.exists() else ""
+    return path.read_text(encoding="utf-8") if path.exists() else ""
