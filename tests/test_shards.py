@@ -9,7 +9,6 @@ import gzip
 import hashlib
 import io
 import os
-import os
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
