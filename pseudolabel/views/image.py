@@ -5,6 +5,10 @@ become the upper 8, an animation is its first frame. EXIF orientation is not app
 pipelines. Resizing and cropping equal torchvision's v2 transforms on a uint8 tensor, and so its `ImageClassification`
 preset on a Pillow image but for one level in fewer than 1% of the values. (The preset on a tensor resizes in floating
 point: seven times the cost, and another level in 8 to 25% of the values.)
+
+Nothing here computes pixels in floating point: torchvision's `resize` does on a CPU without AVX2, and its grayscale
+gives other levels there, too. Resizing is torch's uint8 kernel itself, grey from RGB is Pillow's integer luma; both
+are the same on all CPUs.
 """
 
 from __future__ import annotations
@@ -23,7 +27,6 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 from torchvision.io import ImageReadMode
-from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from pseudolabel.shards import IMAGE_FIELDS
@@ -149,10 +152,9 @@ class Preprocessing:
         height, width = image_CHW.shape[-2:]
         if max(height, width) * self.resize**2 > MAX_PIXELS * min(height, width):
             raise UndecodableImage(f"{width}x{height} pixels: too long and thin to resize to {self.resize}")
-        if min(height, width) != self.resize:
-            image_CHW = F.resize(
-                image_CHW, [self.resize], interpolation=InterpolationMode(self.interpolation), antialias=True
-            )
+        longer = int(self.resize * max(height, width) / min(height, width))
+        size = (longer, self.resize) if height > width else (self.resize, longer)
+        image_CHW = resize(image_CHW, *size, self.interpolation)
         if image_CHW.shape[-2:] != (self.crop, self.crop):
             image_CHW = F.center_crop(image_CHW, [self.crop, self.crop])
         return image_CHW
@@ -165,11 +167,29 @@ def square(size: int, channels: int) -> Preprocessing:
     return Preprocessing(size, size, (0.5,) * channels, (0.5,) * channels)
 
 
+def resize(image_CHW: Tensor, height: int, width: int, interpolation: str) -> Tensor:
+    """Resize uint8 to exactly this size, antialiased where the interpolation can be."""
+    if image_CHW.shape[-2:] == (height, width):
+        return image_CHW
+    antialias = interpolation in ("bilinear", "bicubic")
+    resized_BCHW: Tensor = nn.functional.interpolate(
+        image_CHW[None], (height, width), mode=interpolation, antialias=antialias
+    )
+    return resized_BCHW[0]
+
+
 def to_channels(image_CHW: Tensor, channels: int) -> Tensor:
     """Grey ↔ RGB where the model wants the other."""
     if image_CHW.shape[0] == channels:
         return image_CHW
-    return F.rgb_to_grayscale(image_CHW) if channels == 1 else image_CHW.expand(3, -1, -1)
+    return luma(image_CHW.int())[None].to(torch.uint8) if channels == 1 else image_CHW.expand(3, -1, -1)
+
+
+def luma(rgb_3HW: Tensor) -> Tensor:
+    """Brightness of int32 RGB as int32 (H, W), as Pillow's `convert("L")`: 16-bit fixed-point weights of ITU-R 601."""
+    red, green, blue = rgb_3HW
+    grey_HW: Tensor = (19595 * red + 38470 * green + 7471 * blue + (1 << 15)) >> 16
+    return grey_HW
 
 
 class Normalize(nn.Module):
