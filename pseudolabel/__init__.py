@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from pseudolabel.losses import kd_loss as kd_loss
     from pseudolabel.pack import pack as pack
     from pseudolabel.recipe import load_recipe as load_recipe
+    from pseudolabel.replay import open_replay as open_replay
+    from pseudolabel.replay import replay as replay
     from pseudolabel.report import write_report as write_report
     from pseudolabel.rounds import Place as Place
     from pseudolabel.rounds import run as run
@@ -49,6 +51,8 @@ _HOME = {
     "kd_loss": "losses",
     "pack": "pack",
     "load_recipe": "recipe",
+    "open_replay": "replay",
+    "replay": "replay",
     "write_report": "report",
     "Place": "rounds",
     "run": "rounds",

@@ -115,6 +115,10 @@ def _settings_help(kind: type[AnnotateSettings | AugmentSettings | TrainSettings
     return f"{field.description}{note}{default}"
 
 
+def _annotate_option(name: str) -> Any:
+    return typer.Option(help=_settings_help(AnnotateSettings, name), show_default=False)
+
+
 def _train_option(name: str, kind: type[AugmentSettings | TrainSettings] = TrainSettings) -> Any:
     return typer.Option(help=_settings_help(kind, name), show_default=False)
 
@@ -164,7 +168,15 @@ def annotate(
     teacher: Annotated[list[str], typer.Option(help="teacher spec; several make an ensemble, weighted as in SPEC@0.7")],
     out: Annotated[Path, typer.Option(help="the store: made, or gone on with")],
     encoding: Annotated[str, typer.Option(help="dense, or topk:K")] = "dense",
-    batch_size: Annotated[int, typer.Option(min=1, help="samples per forward pass")] = 64,
+    views: Annotated[
+        int, typer.Option(min=1, max=1024, help="views a sample: the clean one, the others augmented")
+    ] = 1,
+    view_seed: Annotated[int | None, _annotate_option("view_seed")] = None,
+    view_policy: Annotated[str | None, _annotate_option("view_policy")] = None,
+    tta: Annotated[str | None, _annotate_option("tta")] = None,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="images per forward pass; a sample's views are not torn apart")
+    ] = 64,
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16 (autocast)")] = "fp32",
     device: Device = "auto",
     workers: Annotated[int | None, typer.Option(min=1, help="processes; one per GPU or CPU core if not given")] = None,
@@ -183,9 +195,13 @@ def annotate(
     from pseudolabel.shards import list_shards, slice_shards
     from pseudolabel.teachers import parse_teachers
 
-    settings = validate(
-        AnnotateSettings, {"encoding": encoding, "batch_size": batch_size, "precision": precision}, "annotate"
-    )
+    given = {"view_seed": view_seed, "view_policy": view_policy, "tta": tta}
+    given = {name: value for name, value in given.items() if value is not None}
+    idle = [f"--{name.replace('_', '-')}" for name in ("view_seed", "view_policy") if name in given and views == 1]
+    if idle:
+        print(f"note: with --views 1, {' and '.join(idle)} have no effect", file=sys.stderr)
+    fixed = {"encoding": encoding, "batch_size": batch_size, "precision": precision, "views": views}
+    settings = validate(AnnotateSettings, {**fixed, **given}, "annotate")
     listed = slice_shards(list_shards(shards), part_of)
     engine = LocalEngine(resolve_device(device), workers)
     with Display() as display:

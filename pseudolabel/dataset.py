@@ -67,7 +67,7 @@ class _OpenShard:
             assert store is not None
             encoding = parse_encoding(source.part.encoding)
             names = ["key", "index", "pred", *(field.name for field in encoding.fields(num_classes))]
-            part = store.read(source.shard.name, names)
+            part = store.read_view(source.shard.name, names)
             self.positions = join(self.file, part, store.read_rejects(source.shard.name))
             self.columns = {name: _to_torch(part[name]) for name in names[2:]}
         labels = [read_label(self.file, index, num_classes) if labeled else NO_LABEL for index in self.positions]

@@ -16,10 +16,13 @@ from torch import Tensor
 
 from pseudolabel.errors import DamagedShard, StorageError
 from pseudolabel.shards import Shard, ShardFile
+from pseudolabel.views.draw import CLEAN, View
 from pseudolabel.views.image import decode, image_field
 
 Entry = TypeVar("Entry")
 Prepare = Callable[[Tensor], tuple[Tensor, ...]]
+Rows = list[tuple[View, tuple[Tensor, ...]]]
+Augment = Callable[[str, Tensor], Rows]  # of a key and a decoded image
 Mapper = Callable[..., Iterable[Any]]
 _AHEAD = 3  # batches decoded in advance
 
@@ -37,11 +40,15 @@ class Reject:
 
 @dataclass
 class DecodedBatch:
-    """Decoded samples of one shard (uint8 inputs, stacked), and those that could not be decoded."""
+    """Decoded samples of one shard, and those that could not be decoded.
+
+    `inputs` (uint8, stacked) has a row per (sample, view), a sample's views one after the other, the clean one first.
+    """
 
     keys: list[str] = field(default_factory=list)
     index: list[int] = field(default_factory=list)
     labels: list[int | None] = field(default_factory=list)
+    views: list[tuple[View, ...]] = field(default_factory=list)
     inputs: tuple[Tensor, ...] = ()
     rejects: list[Reject] = field(default_factory=list)
 
@@ -56,39 +63,41 @@ class ShardEnd:
 
 
 def decode_shard(
-    shard: Shard, prepare: Prepare, batch_size: int, mapper: Mapper = map
+    shard: Shard, prepare: Prepare, batch_size: int, mapper: Mapper = map, augment: Augment | None = None
 ) -> Iterator[DecodedBatch | ShardEnd]:
-    """Yield a shard's batches, then its `ShardEnd`. `mapper` may spread decoding over threads. Raises
-    `DamagedShard`.
+    """Yield a shard's batches of `batch_size` samples, then its `ShardEnd`. `mapper` may spread decoding over threads;
+    `augment` gives the views beside the clean one. Raises `DamagedShard`.
     """
     with ShardFile(shard) as opened:
         sha256 = opened.sha256()
         for start in range(0, len(opened), batch_size):
-            batch, prepared = DecodedBatch(), []
+            batch = DecodedBatch()
+            prepared: list[tuple[Tensor, ...]] = []
             positions = range(start, min(start + batch_size, len(opened)))
             for index, outcome in zip(
-                positions, mapper(lambda i: _decode_one(opened, i, prepare), positions), strict=True
+                positions, mapper(lambda i: _decode_one(opened, i, prepare, augment), positions), strict=True
             ):
                 if isinstance(outcome, Reject):
                     batch.rejects.append(outcome)
                     continue
-                label, inputs = outcome
+                label, rows = outcome
                 batch.keys.append(opened.keys[index])
                 batch.index.append(index)
                 batch.labels.append(label)
-                prepared.append(inputs)
+                batch.views.append(tuple(view for view, _ in rows))
+                prepared.extend(inputs for _, inputs in rows)
             batch.inputs = tuple(torch.stack(column) for column in zip(*prepared, strict=True))
             yield batch
         yield ShardEnd(opened.size, sha256, len(opened))
 
 
 def decode_shards(
-    shards: Iterator[Shard], prepare: Prepare, batch_size: int, mapper: Mapper = map
+    shards: Iterator[Shard], prepare: Prepare, batch_size: int, mapper: Mapper = map, augment: Augment | None = None
 ) -> Iterator[tuple[Shard, DecodedBatch | ShardEnd | DamagedShard]]:
     """One shard after another; a damaged one gives its error in place of a `ShardEnd`."""
     for shard in shards:
         try:
-            for batch in decode_shard(shard, prepare, batch_size, mapper):
+            for batch in decode_shard(shard, prepare, batch_size, mapper, augment):
                 yield shard, batch
         except DamagedShard as error:
             yield shard, error
@@ -96,13 +105,17 @@ def decode_shards(
             yield shard, DamagedShard(str(error))
 
 
-def _decode_one(opened: ShardFile, index: int, prepare: Prepare) -> Reject | tuple[int | None, tuple[Tensor, ...]]:
+def _decode_one(
+    opened: ShardFile, index: int, prepare: Prepare, augment: Augment | None
+) -> Reject | tuple[int | None, Rows]:
     stage = "label"
     try:
         label = label_of(opened, index)
         stage = "decode"
         data = opened.read(index, image_field(opened.field_names(index)))
-        return label, prepare(decode(data))
+        image_CHW = decode(data)
+        rows = [(CLEAN, prepare(image_CHW))]
+        return label, rows if augment is None else [*rows, *augment(opened.keys[index], image_CHW)]
     except ValueError as error:
         return Reject(index, opened.keys[index], stage, type(error).__name__, str(error))
 

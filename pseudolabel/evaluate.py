@@ -99,10 +99,10 @@ def evaluate(
 
 
 def _agreement(predicted_N: Tensor, shards: Sequence[Shard], store: Store) -> float:
-    """Share of the store's rows (of these shards) whose class the model predicts, too."""
+    """Share of the store's rows of view 0 (of these shards) whose class the model predicts, too."""
     same = rows = start = 0
     for checked in check_annotated(shards, store):
-        part = store.read(checked.shard.name, ["index", "pred"])
+        part = store.read_view(checked.shard.name, ["index", "pred"])
         positions = torch.from_numpy(part["index"].to_numpy().copy()).long()
         taught = torch.from_numpy(part["pred"].to_numpy().copy())
         same += int((predicted_N[start + positions] == taught).sum())

@@ -189,7 +189,7 @@ def check_annotated(shards: Sequence[Shard], store: Store) -> list[TrainingShard
 
 
 def join(opened: ShardFile, part: pa.Table, rejects: pa.Table) -> list[int]:
-    """The positions in the shard of a part's rows; keys are compared one by one, the rejects' too.
+    """The positions in the shard of a part's rows of one view; keys are compared one by one, the rejects' too.
 
     Raises:
         StoreMismatch: a key differs, a sample is in neither or in both.

@@ -36,7 +36,11 @@ class LoadedTeacher(Protocol):
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """What decides its logits (architecture, hash of the weights, preprocessing): JSON values, no paths."""
+        """What decides its logits (architecture, hash of the weights, preprocessing): JSON values, no paths.
+
+        `preprocessing` is `Preprocessing.to_json()`: augmented views are made by it and replayed by it. A teacher of
+        several inputs has `members` instead, a list of such identities in their order.
+        """
         ...
 
     def prepare(self, image_CHW: Tensor) -> tuple[Tensor, ...]:

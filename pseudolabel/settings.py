@@ -23,11 +23,33 @@ class Settings(BaseModel):
 class AnnotateSettings(Settings):
     """Beside shard and teacher, what decides a part's bytes. `batch_size` may change the last bit of a logit, no
     more.
+
+    Of the view settings, `view_seed`, `view_policy` and `crop_scale` decide nothing while `views` is 1.
     """
 
     encoding: str = Field("dense", description="dense, or topk:K: how logits are stored")
-    batch_size: int = Field(64, ge=1, description="samples per forward pass")
+    batch_size: int = Field(64, ge=1, description="images per forward pass; a sample's views are not torn apart")
     precision: Precision = Field("fp32", description="fp32, or autocast to bf16 or fp16")
+    views: int = Field(1, ge=1, le=1024, description="views a sample: the clean one, the others augmented")
+    view_seed: int = Field(0, ge=0, lt=1 << 63, description="decides crops, flips and colours of augmented views")
+    view_policy: str = Field(
+        "color", description="colours of augmented views: none, color or randaugment:N, and +erase if you like"
+    )
+    crop_scale: tuple[Fraction, Fraction] = Field((0.25, 1.0), description="least and largest share of the area kept")
+    tta: Literal["none", "flip"] = Field(
+        "none", description="flip: view 0 is the mean over the image and its mirror image"
+    )
+
+    @model_validator(mode="after")
+    def _some_area(self) -> AnnotateSettings:
+        if not 0 < self.crop_scale[0] <= self.crop_scale[1]:
+            raise ValueError("crop_scale must be two shares of the area, the smaller first and above 0")
+        return self
+
+    @property
+    def samples_per_batch(self) -> int:
+        """How many samples a forward pass holds, all views of each."""
+        return max(self.batch_size // self.views, 1)
 
 
 class AugmentSettings(Settings):

@@ -14,6 +14,7 @@ from pseudolabel.interfaces import Encoding
 from pseudolabel.labels import schema
 from pseudolabel.labels.encodings import divergence, fidelity, summarize
 from pseudolabel.labels.schema import PartInfo
+from pseudolabel.views.draw import View
 
 
 @dataclass(frozen=True)
@@ -26,42 +27,55 @@ class AnnotatedShard:
 
 
 class PartBuilder:
-    """Collects one shard's rows and rejects."""
+    """Collects one shard's rows, `num_views` a sample, and rejects."""
 
-    def __init__(self, shard: str, encoding: Encoding, num_classes: int, fingerprint: str) -> None:
+    def __init__(self, shard: str, encoding: Encoding, num_classes: int, fingerprint: str, num_views: int = 1) -> None:
         self._shard, self._encoding, self._num_classes, self._fingerprint = shard, encoding, num_classes, fingerprint
+        self._num_views = num_views
         self._keys: list[str] = []
         self._index: list[int] = []
         self._labels: list[int | None] = []
+        self._views: list[View] = []
         self._rejects: list[Reject] = []
         self._columns: dict[str, list[Tensor]] = {}
         self._divergence: list[Tensor] = []
 
     def add(self, batch: DecodedBatch, logits_BC: Tensor) -> None:
-        """Encode a batch; rows whose logits aren't finite become rejects."""
+        """Encode a batch, one row of logits per (sample, view); a sample with any row that isn't finite is rejected."""
         self._rejects += batch.rejects
-        finite = torch.isfinite(logits_BC).all(dim=-1)
-        flags = finite.tolist()
-        for row, good in enumerate(flags):
+        finite_SV = torch.isfinite(logits_BC).all(dim=-1).view(-1, self._num_views)
+        flags = finite_SV.all(dim=-1).tolist()
+        for sample, good in enumerate(flags):
+            key, index = batch.keys[sample], batch.index[sample]
             if good:
-                self._keys.append(batch.keys[row])
-                self._index.append(batch.index[row])
-                self._labels.append(batch.labels[row])
+                self._keys += [key] * self._num_views
+                self._index += [index] * self._num_views
+                self._labels += [batch.labels[sample]] * self._num_views
+                self._views += batch.views[sample]
             else:
                 detail = "the teacher's logits hold NaN or infinity"
-                self._rejects.append(Reject(batch.index[row], batch.keys[row], "forward", "NonFiniteLogits", detail))
+                self._rejects.append(Reject(index, key, "forward", "NonFiniteLogits", detail))
         if not any(flags):
             return
-        logits_BC = logits_BC if all(flags) else logits_BC[finite]
+        if not all(flags):
+            logits_BC = logits_BC[finite_SV.all(dim=-1).repeat_interleave(self._num_views)]
         encoded = self._encoding.encode(logits_BC)
         self._divergence.append(divergence(self._encoding, encoded, logits_BC).cpu())
         for name, column in {**summarize(logits_BC), **encoded}.items():
             self._columns.setdefault(name, []).append(column.cpu())
 
     def finish(self, end: ShardEnd) -> AnnotatedShard:
-        """The table, in the shard's order. rows + rejects = samples."""
-        ready = {"key": self._keys, "index": self._index, "label": self._labels, "view": [0] * len(self._keys)}
-        wanted = schema.part_schema(self._encoding.fields(self._num_classes), augmented=False)
+        """The table, in the shard's order. rows of view 0 + rejects = samples."""
+        ready = {
+            "key": self._keys,
+            "index": self._index,
+            "label": self._labels,
+            "view": [view.number for view in self._views],
+            "crop": [view.crop for view in self._views],
+            "flip": [view.flip for view in self._views],
+            "aug_seed": [view.aug_seed for view in self._views],
+        }
+        wanted = schema.part_schema(self._encoding.fields(self._num_classes), augmented=self._num_views > 1)
         arrays = [
             pa.array(ready[field.name], field.type)
             if field.name in ready
@@ -69,7 +83,7 @@ class PartBuilder:
             for field in wanted
         ]
         part = pa.Table.from_arrays(arrays, schema=wanted)
-        assert part.num_rows + len(self._rejects) == end.samples, (
+        assert part.num_rows + len(self._rejects) * self._num_views == end.samples * self._num_views, (
             self._shard,
             part.num_rows,
             len(self._rejects),

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pseudolabel import storage
 from pseudolabel.errors import StoreError, StoreMismatch
@@ -38,6 +39,11 @@ class StoreIdentity:
     @property
     def num_classes(self) -> int:
         return len(self.classes)
+
+    @property
+    def num_views(self) -> int:
+        """Rows of a sample."""
+        return int(self.views["count"])
 
     @property
     def fingerprint(self) -> str:
@@ -101,6 +107,14 @@ class Store:
     def read(self, shard: str, columns: list[str] | None = None) -> pa.Table:
         """A part's rows, whole file verified. Raises `DamagedPart`, `StorageError`."""
         return schema.read_table(self.part_path(shard), columns)
+
+    def read_view(self, shard: str, columns: list[str] | None = None, *, view: int = 0) -> pa.Table:
+        """A part's rows of one view, in the shard's order. Raises as `read`."""
+        if self.identity.num_views == 1 and view == 0:
+            return self.read(shard, columns)
+        table = self.read(shard, None if columns is None else list({**dict.fromkeys(columns), "view": None}))
+        found = table.filter(pc.equal(table["view"], view))
+        return found if columns is None else found.select(columns)
 
     def read_rejects(self, shard: str) -> pa.Table:
         """A shard's rejects, empty where there are none. Raises `DamagedPart`."""

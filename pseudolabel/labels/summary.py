@@ -11,11 +11,12 @@ from pseudolabel.labels.store import Store
 
 @dataclass(frozen=True)
 class StoreSummary:
-    """`bytes_per_row` counts whole part files. `fidelity`: mean over rows, and the worst part's 99th percentile, of
-    KL(full ‖ stored) in nats, by temperature.
+    """`rows` counts all `views` of a sample; `bytes_per_row` counts whole part files. `fidelity`: mean over rows, and
+    the worst part's 99th percentile, of KL(full ‖ stored) in nats, by temperature.
     """
 
     rows: int
+    views: int
     parts: int
     rejects: int
     num_classes: int
@@ -33,7 +34,7 @@ def summarize_store(store: Store) -> StoreSummary:
     sums: dict[str, float] = {}
     worst: dict[str, float] = {}
     for info in store.infos():
-        labeled = info.samples - info.rejects
+        labeled = (info.samples - info.rejects) * store.identity.num_views
         rows += labeled
         rejects += info.rejects
         parts += 1
@@ -46,6 +47,7 @@ def summarize_store(store: Store) -> StoreSummary:
     mean = {temperature: value / max(rows, 1) for temperature, value in sums.items()}
     return StoreSummary(
         rows=rows,
+        views=identity.num_views,
         parts=parts,
         rejects=rejects,
         num_classes=identity.num_classes,

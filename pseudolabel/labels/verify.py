@@ -71,7 +71,8 @@ def _foreign_files(store: Store) -> Iterator[Problem]:
 
 def _check_counts(store: Store, info: PartInfo, part: pa.Table, rejects: pa.Table) -> None:
     path: Path = store.part_path(info.shard)
-    wanted = schema.part_schema(_encoding_fields(part), augmented="crop" in part.column_names)
+    views = store.identity.num_views
+    wanted = schema.part_schema(_encoding_fields(part), augmented=views > 1)
     if part.schema.names != wanted.names:
         raise DamagedPart(f"{path}: its columns are {', '.join(part.schema.names)}; delete it and annotate again")
     if info.encoding != store.identity.encoding or info.num_classes != store.identity.num_classes:
@@ -79,14 +80,38 @@ def _check_counts(store: Store, info: PartInfo, part: pa.Table, rejects: pa.Tabl
             f"{path}: encoding {info.encoding} of {info.num_classes} classes; the store's is "
             f"{store.identity.encoding} of {store.identity.num_classes}"
         )
-    index = part["index"].to_pylist()
-    if part.num_rows + rejects.num_rows != info.samples or rejects.num_rows != info.rejects:
+    if part.num_rows != (info.samples - info.rejects) * views or rejects.num_rows != info.rejects:
+        each = f" of {views} views" if views > 1 else ""
         raise DamagedPart(
-            f"{path}: {part.num_rows} rows and {rejects.num_rows} rejects for {info.samples} samples, "
+            f"{path}: {part.num_rows} rows and {rejects.num_rows} rejects for {info.samples} samples{each}, "
             f"{info.rejects} of them rejects"
         )
-    if index != sorted(set(index)) or sorted(index + rejects["index"].to_pylist()) != list(range(info.samples)):
-        raise DamagedPart(f"{path}: rows are out of order, or a sample is in neither or both of part and rejects")
+    rejected = set(rejects["index"].to_pylist())
+    labeled = [index for index in range(info.samples) if index not in rejected]
+    in_order = [(index, view) for index in labeled for view in range(views)]
+    found = list(zip(part["index"].to_pylist(), part["view"].to_pylist(), strict=True))
+    if found != in_order or len(labeled) + rejects.num_rows != info.samples:
+        raise DamagedPart(
+            f"{path}: rows are out of order, a sample is in neither or both of part and rejects, or a view is "
+            "missing or twice there"
+        )
+    if views > 1:
+        _check_views(path, part)
+
+
+def _check_views(path: Path, part: pa.Table) -> None:
+    """Crops lie in their image, and view 0 is the whole of it."""
+    rows = part.select(["key", "view", "crop", "flip", "aug_seed"]).to_pylist()
+    for row in rows:
+        top, left, height, width = row["crop"]
+        clean = (row["crop"], row["flip"], row["aug_seed"]) == ([0.0, 0.0, 1.0, 1.0], False, 0)
+        # float32: top and height may add up to a little more than 1
+        inside = min(top, left) >= 0 < min(height, width) and max(top + height, left + width) <= 1 + 1e-6
+        if not inside or (row["view"] == 0 and not clean):
+            raise DamagedPart(
+                f"{path}: view {row['view']} of {row['key']!r} has crop {row['crop']}, flip {row['flip']}, seed "
+                f"{row['aug_seed']}, which is {'not the clean view' if inside else 'outside of its image'}"
+            )
 
 
 def _encoding_fields(part: pa.Table) -> list[pa.Field]:

@@ -132,7 +132,7 @@ def _grid(root: Path, content: dict[str, Any]) -> list[tuple[str, list[_Shown]]]
     name = next((part for part in store.part_names() if part in shards), None)
     if name is None:
         return []
-    part = store.read(name)
+    part = store.read_view(name)
     encoding = parse_encoding(store.identity.encoding)
     chosen = _choose(part["confidence"].to_numpy(), part["pred"].to_numpy())
     grid = []
