@@ -13,21 +13,23 @@ import socket
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pseudolabel import storage
+from pseudolabel.batch_size import choose_batch_size
 from pseudolabel.engines import default_engine
 from pseudolabel.errors import DamagedShard, StoreMismatch, TooManyRejects
 from pseudolabel.interfaces import Engine, Teacher
-from pseudolabel.labeling import AnnotateWork, Progress, annotate_shard, identify
+from pseudolabel.labeling import AnnotateWork, Progress, annotate_shard, identify, settle
 from pseudolabel.labels import store
 from pseudolabel.labels.schema import PartInfo
 from pseudolabel.settings import AnnotateSettings
 from pseudolabel.shards import Shard, ShardsLike, as_shards
+from pseudolabel.stages import STAGES, bottleneck, shares
 from pseudolabel.teachers import parse_teacher
 
 __all__ = ["AnnotateResult", "Progress", "annotate", "annotate_shard"]
@@ -37,8 +39,8 @@ _EARLY_STOP_SAMPLES = 1000
 
 @dataclass(frozen=True)
 class AnnotateResult:
-    """Totals over the shards that were asked for, those already done included; `parts_*` and `seconds` are this
-    command's.
+    """Totals over the shards that were asked for, those already done included; `parts_*`, `seconds` and the rest are
+    this command's. `stages`: share of the workers' time by stage; `bottleneck`: the largest, and what to change.
     """
 
     samples: int
@@ -47,6 +49,10 @@ class AnnotateResult:
     parts_skipped: int
     seconds: float
     fingerprint: str
+    batch_size: int
+    precision: str
+    stages: dict[str, float]
+    bottleneck: str
 
 
 def annotate(
@@ -72,7 +78,12 @@ def annotate(
     teacher = parse_teacher(teacher) if isinstance(teacher, str) else teacher
     engine, settings = engine or default_engine(), settings or AnnotateSettings()
     started = time.monotonic()
-    target = store.create(out, identify(teacher.load(torch.device("cpu")), settings))
+    devices = engine.devices()
+    settings = choose_batch_size(settings, teacher, engine, storage.local_path(out))
+    loaded = teacher.load(torch.device("cpu"))
+    settings = settle(settings, devices[0], loaded)
+    target = store.create(out, identify(loaded, settings))
+    del loaded
     done = set(target.part_names())
     tally = _Tally(max_reject_fraction)
     for shard in shards:
@@ -81,9 +92,10 @@ def annotate(
             _check_same_size(shard, info)
             tally.add(shard, info.samples, info.rejects)
     todo = {shard.name: shard for shard in shards if shard.name not in done}
-    work = AnnotateWork(teacher, settings, str(target.root), target.fingerprint)
+    work = AnnotateWork(teacher, settings, str(target.root), target.fingerprint, len(devices))
     log = target.root / "log" / f"annotate-{time.strftime('%Y%m%dT%H%M%S')}-{socket.gethostname()}-{os.getpid()}.jsonl"
     damage: list[DamagedShard] = []
+    spent = dict.fromkeys(STAGES, 0.0)
     try:
         with closing(engine.map(work, list(todo.values()))) as events:
             for event in events:
@@ -91,6 +103,7 @@ def annotate(
                     damage.append(event.damage)
                 if event.finished is not None:
                     _append_line(log, {"shard": event.shard, **event.finished})
+                    spent = {stage: spent[stage] + event.finished["seconds"][stage] for stage in STAGES}
                     tally.add(todo[event.shard], event.finished["samples"], event.finished["rejects"])
                     tally.check(at_least=_EARLY_STOP_SAMPLES)
                 if on_progress is not None:
@@ -101,7 +114,22 @@ def annotate(
         raise _all_damage(damage, len(shards))
     tally.check()
     seconds = round(time.monotonic() - started, 3)
-    return AnnotateResult(tally.samples, tally.rejects, len(todo), len(shards) - len(todo), seconds, target.fingerprint)
+    stages = {stage: round(share, 4) for stage, share in shares(spent).items()}
+    bound = bottleneck(spent, gpu=devices[0] != "cpu") if todo else "nothing was left to do"
+    result = AnnotateResult(
+        tally.samples,
+        tally.rejects,
+        len(todo),
+        len(shards) - len(todo),
+        seconds,
+        target.fingerprint,
+        settings.samples_per_batch * settings.views,
+        settings.precision,
+        stages,
+        bound,
+    )
+    _append_line(log, {"result": asdict(result)})
+    return result
 
 
 class _Tally:

@@ -174,10 +174,10 @@ def annotate(
     view_seed: Annotated[int | None, _annotate_option("view_seed")] = None,
     view_policy: Annotated[str | None, _annotate_option("view_policy")] = None,
     tta: Annotated[str | None, _annotate_option("tta")] = None,
-    batch_size: Annotated[
-        int, typer.Option(min=1, help="images per forward pass; a sample's views are not torn apart")
-    ] = 64,
-    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16 (autocast)")] = "fp32",
+    keep_members: Annotated[bool, _annotate_option("keep_members")] = False,
+    batch_size: Annotated[str | None, _annotate_option("batch_size")] = None,
+    precision: Annotated[str | None, _annotate_option("precision")] = None,
+    compile_: Annotated[bool, typer.Option("--compile", help=_settings_help(AnnotateSettings, "compile"))] = False,
     device: Device = "auto",
     workers: Annotated[int | None, typer.Option(min=1, help="processes; one per GPU or CPU core if not given")] = None,
     part_of: Annotated[
@@ -195,13 +195,13 @@ def annotate(
     from pseudolabel.shards import list_shards, slice_shards
     from pseudolabel.teachers import parse_teachers
 
-    given = {"view_seed": view_seed, "view_policy": view_policy, "tta": tta}
+    given = {"view_seed": view_seed, "view_policy": view_policy, "tta": tta, "batch_size": batch_size}
+    given |= {"precision": precision, "keep_members": keep_members, "compile": compile_}
     given = {name: value for name, value in given.items() if value is not None}
     idle = [f"--{name.replace('_', '-')}" for name in ("view_seed", "view_policy") if name in given and views == 1]
     if idle:
         print(f"note: with --views 1, {' and '.join(idle)} have no effect", file=sys.stderr)
-    fixed = {"encoding": encoding, "batch_size": batch_size, "precision": precision, "views": views}
-    settings = validate(AnnotateSettings, {**fixed, **given}, "annotate")
+    settings = validate(AnnotateSettings, {"encoding": encoding, "views": views, **given}, "annotate")
     listed = slice_shards(list_shards(shards), part_of)
     engine = LocalEngine(resolve_device(device), workers)
     with Display() as display:
@@ -215,8 +215,10 @@ def annotate(
             max_reject_fraction=max_reject_fraction,
             on_progress=display.annotating,
         )
-    print_pairs(dataclasses.asdict(result), _out(as_json))
-    return dataclasses.asdict(result)
+    found = dataclasses.asdict(result)
+    stages = ", ".join(f"{stage} {share:.0%}" for stage, share in result.stages.items())
+    print_pairs({**found, "stages": stages}, _out(as_json))
+    return found
 
 
 @_command

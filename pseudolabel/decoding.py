@@ -6,7 +6,8 @@ Batches never span shards, so what is made of a shard depends on nothing but the
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from queue import Full, Queue
 from typing import Any, TypeVar
@@ -23,7 +24,6 @@ Entry = TypeVar("Entry")
 Prepare = Callable[[Tensor], tuple[Tensor, ...]]
 Rows = list[tuple[View, tuple[Tensor, ...]]]
 Augment = Callable[[str, Tensor], Rows]  # of a key and a decoded image
-Mapper = Callable[..., Iterable[Any]]
 _AHEAD = 3  # batches decoded in advance
 
 
@@ -62,42 +62,58 @@ class ShardEnd:
     samples: int
 
 
-def decode_shard(
-    shard: Shard, prepare: Prepare, batch_size: int, mapper: Mapper = map, augment: Augment | None = None
-) -> Iterator[DecodedBatch | ShardEnd]:
-    """Yield a shard's batches of `batch_size` samples, then its `ShardEnd`. `mapper` may spread decoding over threads;
-    `augment` gives the views beside the clean one. Raises `DamagedShard`.
+@dataclass(frozen=True)
+class Decoding:
+    """How samples become a model's inputs: `samples` a batch, the clean view by `prepare`, the others by `augment`.
+    Pickles if these do.
     """
-    with ShardFile(shard) as opened:
-        sha256 = opened.sha256()
-        for start in range(0, len(opened), batch_size):
-            batch = DecodedBatch()
-            prepared: list[tuple[Tensor, ...]] = []
-            positions = range(start, min(start + batch_size, len(opened)))
-            for index, outcome in zip(
-                positions, mapper(lambda i: _decode_one(opened, i, prepare, augment), positions), strict=True
-            ):
-                if isinstance(outcome, Reject):
-                    batch.rejects.append(outcome)
-                    continue
-                label, rows = outcome
-                batch.keys.append(opened.keys[index])
-                batch.index.append(index)
-                batch.labels.append(label)
-                batch.views.append(tuple(view for view, _ in rows))
-                prepared.extend(inputs for _, inputs in rows)
-            batch.inputs = tuple(torch.stack(column) for column in zip(*prepared, strict=True))
-            yield batch
-        yield ShardEnd(opened.size, sha256, len(opened))
+
+    samples: int
+    prepare: Prepare
+    augment: Augment | None = None
+
+
+def decode_shard(shard: Shard, decoding: Decoding) -> Iterator[DecodedBatch | ShardEnd]:
+    """Yield a shard's batches, then its `ShardEnd`. Raises `DamagedShard`, also if the file is changed meanwhile."""
+    with ShardFile(shard) as opened, ThreadPoolExecutor(1) as hasher:
+        sha256 = hasher.submit(opened.sha256)  # beside the decoding: a cold disk is waited for there
+        for start in range(0, len(opened), decoding.samples):
+            yield decode_samples(opened, range(start, min(start + decoding.samples, len(opened))), decoding)
+        yield shard_end(opened, sha256.result())
+
+
+def shard_end(opened: ShardFile, sha256: str) -> ShardEnd:
+    """The end of a shard of which all samples are decoded. Raises `DamagedShard` if its file is no longer the same."""
+    opened.check_unchanged()
+    return ShardEnd(opened.size, sha256, len(opened))
+
+
+def decode_samples(opened: ShardFile, positions: range, decoding: Decoding) -> DecodedBatch:
+    """Decode some of a shard's samples; what can't be decoded is a reject."""
+    batch = DecodedBatch()
+    prepared: list[tuple[Tensor, ...]] = []
+    for index in positions:
+        outcome = _decode_one(opened, index, decoding)
+        if isinstance(outcome, Reject):
+            batch.rejects.append(outcome)
+            continue
+        label, rows = outcome
+        batch.keys.append(opened.keys[index])
+        batch.index.append(index)
+        batch.labels.append(label)
+        batch.views.append(tuple(view for view, _ in rows))
+        prepared.extend(inputs for _, inputs in rows)
+    batch.inputs = tuple(torch.stack(column) for column in zip(*prepared, strict=True))
+    return batch
 
 
 def decode_shards(
-    shards: Iterator[Shard], prepare: Prepare, batch_size: int, mapper: Mapper = map, augment: Augment | None = None
+    shards: Iterator[Shard], decoding: Decoding
 ) -> Iterator[tuple[Shard, DecodedBatch | ShardEnd | DamagedShard]]:
     """One shard after another; a damaged one gives its error in place of a `ShardEnd`."""
     for shard in shards:
         try:
-            for batch in decode_shard(shard, prepare, batch_size, mapper, augment):
+            for batch in decode_shard(shard, decoding):
                 yield shard, batch
         except DamagedShard as error:
             yield shard, error
@@ -105,17 +121,15 @@ def decode_shards(
             yield shard, DamagedShard(str(error))
 
 
-def _decode_one(
-    opened: ShardFile, index: int, prepare: Prepare, augment: Augment | None
-) -> Reject | tuple[int | None, Rows]:
+def _decode_one(opened: ShardFile, index: int, decoding: Decoding) -> Reject | tuple[int | None, Rows]:
     stage = "label"
     try:
         label = label_of(opened, index)
         stage = "decode"
         data = opened.read(index, image_field(opened.field_names(index)))
         image_CHW = decode(data)
-        rows = [(CLEAN, prepare(image_CHW))]
-        return label, rows if augment is None else [*rows, *augment(opened.keys[index], image_CHW)]
+        rows = [(CLEAN, decoding.prepare(image_CHW))]
+        return label, rows if decoding.augment is None else [*rows, *decoding.augment(opened.keys[index], image_CHW)]
     except ValueError as error:
         return Reject(index, opened.keys[index], stage, type(error).__name__, str(error))
 

@@ -29,6 +29,7 @@ class Display:
         self._task: TaskID | None = None
         self._started = self._said = time.monotonic()
         self._samples = self._bytes = self._total_bytes = self._shards = 0
+        self._spent: dict[str, float] = {}
 
     def __enter__(self) -> Display:
         return self
@@ -47,6 +48,7 @@ class Display:
 
     def begin_annotating(self, shards: Sequence[Shard]) -> None:
         self._samples = self._bytes = self._shards = 0
+        self._spent = {}
         self._total_bytes = sum(os.path.getsize(shard.path) for shard in shards if os.path.exists(shard.path))
         self._open(len(shards), "shards")
 
@@ -55,6 +57,11 @@ class Display:
         self._samples += progress.samples
         seconds = max(time.monotonic() - self._started, 1e-9)
         rate = f"{self._samples / seconds:,.0f} samples/s"
+        if progress.finished is not None:
+            self._spent = {stage: self._spent.get(stage, 0.0) + s for stage, s in progress.finished["seconds"].items()}
+        total = sum(self._spent.values())
+        if total:
+            rate += "".join(f", {stage} {spent / total:.0%}" for stage, spent in self._spent.items())
         if progress.finished is not None or progress.damage is not None:
             self._shards += 1
             self._advance(1, rate)

@@ -15,7 +15,7 @@ H and W pixels, N rows of a shard.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -49,6 +49,22 @@ class LoadedTeacher(Protocol):
 
     def logits(self, inputs: tuple[Tensor, ...]) -> Tensor:
         """Run batches of prepared inputs; returns float32 logits of shape (B, C) on the device."""
+        ...
+
+
+@runtime_checkable
+class LoadedMembers(LoadedTeacher, Protocol):
+    """A loaded teacher made of several, which can give their logits apart."""
+
+    @property
+    def num_members(self) -> int: ...
+
+    def member_logits(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Each member's log-probabilities, float32 of shape (B, C)."""
+        ...
+
+    def combine(self, members: tuple[Tensor, ...]) -> Tensor:
+        """What `logits` gives for these members' log-probabilities, (B, C)."""
         ...
 
 
@@ -119,6 +135,10 @@ class Loss(Protocol):
 
 class Engine(Protocol):
     """Where work runs. Contract: the results, as a set, are those of `work(iter(items), device)` in one process."""
+
+    def devices(self) -> list[str]:
+        """Where `work` will run, such as cpu or cuda:0: what is left to the device is decided by their kind."""
+        ...
 
     def map(
         self, work: Callable[[Iterator[Item], str], Iterator[Result]], items: Sequence[Item]

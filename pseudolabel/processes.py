@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
+import sys
 import threading
+
+import torch
 
 
 def end_with_parent() -> None:
@@ -14,6 +18,17 @@ def end_with_parent() -> None:
     wait for ever: torch's own watchdog looks at the parent of the process, which under forkserver is the fork server.
     """
     threading.Thread(target=_wait_and_end, daemon=True).start()
+
+
+def become_helper(_: int = 0) -> None:
+    """In a process that loads or decodes for its parent: Ctrl-C is the parent's to handle, the complaint of torch's
+    sharing thread when the parent ends is noise (what a batch raises travels to the parent all the same), and one
+    thread is what it gets.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.excepthook = lambda *_: None
+    torch.set_num_threads(1)
+    end_with_parent()
 
 
 def _wait_and_end() -> None:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
+BatchSize = Annotated[int, Field(ge=1)]
 Precision = Literal["fp32", "bf16", "fp16"]
 
 
@@ -28,8 +29,14 @@ class AnnotateSettings(Settings):
     """
 
     encoding: str = Field("dense", description="dense, or topk:K: how logits are stored")
-    batch_size: int = Field(64, ge=1, description="images per forward pass; a sample's views are not torn apart")
-    precision: Precision = Field("fp32", description="fp32, or autocast to bf16 or fp16")
+    batch_size: BatchSize | Literal["auto"] | None = Field(
+        None, description="images per forward pass, or auto: probed; if not given 256, on a CPU 32 to 256 by their size"
+    )
+    precision: Precision | Literal["auto"] = Field(
+        "auto", description="fp32, or autocast to bf16 or fp16; auto: bf16 where the device has it"
+    )
+    compile: bool = Field(False, description="compile the teacher with torch.compile, for batches of one shape")
+    keep_members: bool = Field(False, description="keep the logits of an ensemble's members beside their mean")
     views: int = Field(1, ge=1, le=1024, description="views a sample: the clean one, the others augmented")
     view_seed: int = Field(0, ge=0, lt=1 << 63, description="decides crops, flips and colours of augmented views")
     view_policy: str = Field(
@@ -49,6 +56,7 @@ class AnnotateSettings(Settings):
     @property
     def samples_per_batch(self) -> int:
         """How many samples a forward pass holds, all views of each."""
+        assert isinstance(self.batch_size, int), "settled for a device first"
         return max(self.batch_size // self.views, 1)
 
 

@@ -141,7 +141,8 @@ class ShardFile:
         self.shard = shard
         path = storage.local_path(shard.path)
         with storage.explain_os_errors(path, "reading"), open(path, "rb") as file:
-            self.size = os.fstat(file.fileno()).st_size
+            self.version = _version(os.fstat(file.fileno()))
+            self.size = self.version[0]
             if self.size == 0:
                 raise _damaged(shard, "is empty (0 bytes)", 0, 0)
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -183,6 +184,19 @@ class ShardFile:
     def sha256(self) -> str:
         """The hash of the whole file, as hexadecimal digits."""
         return hashlib.sha256(self._map).hexdigest()
+
+    def check_unchanged(self) -> None:
+        """Raise `DamagedShard` if the file is no longer the one that was opened: samples read may be of both."""
+        path = storage.local_path(self.shard.path)
+        with storage.explain_os_errors(path, "reading"):
+            now = _version(path.stat())
+        if now != self.version:
+            raise _damaged(self.shard, "was changed or replaced while it was read", 0, len(self))
+
+
+def _version(status: os.stat_result) -> tuple[int, int, int, int]:
+    """Size, time of change, and which file it is: equal as long as a file stays what it was."""
+    return status.st_size, status.st_mtime_ns, status.st_ino, status.st_dev
 
 
 def shard_sha256(shard: Shard) -> str:

@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from pseudolabel.decoding import ShardEnd, ahead, decode_shards
+from pseudolabel.decoding import Decoding, ShardEnd, ahead, decode_shards
 from pseudolabel.errors import DamagedShard, LabelError
 from pseudolabel.inputs import check_labeled
 from pseudolabel.shards import Shard
-from pseudolabel.views.image import Preprocessing
+from pseudolabel.views.image import PrepareFor, Preprocessing
 
 _BATCH = 256
 _KEPT_BYTES = 256 << 20
@@ -58,7 +58,7 @@ def labeled_batches(
     """uint8 pixels and labels of a labeled set, in order, decoded ahead in a thread. Raises `DamagedShard`,
     `LabelError`.
     """
-    for shard, batch in ahead(decode_shards(iter(shards), lambda image: (preprocessing.prepare(image),), batch_size)):
+    for shard, batch in ahead(decode_shards(iter(shards), Decoding(batch_size, PrepareFor((preprocessing,))))):
         if isinstance(batch, DamagedShard):
             raise batch
         if isinstance(batch, ShardEnd):

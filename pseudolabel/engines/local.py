@@ -100,9 +100,7 @@ def _in_processes(work: _Work, items: Sequence[Any], devices: list[str]) -> Gene
         for device in devices:
             request, their_request = context.Pipe()
             result, their_result = context.Pipe(duplex=False)
-            process: BaseProcess = context.Process(
-                target=_worker, args=(work, device, their_request, their_result), daemon=True
-            )
+            process: BaseProcess = context.Process(target=_worker, args=(work, device, their_request, their_result))
             process.start()
             their_request.close()
             their_result.close()

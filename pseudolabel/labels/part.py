@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from pseudolabel.decoding import DecodedBatch, Reject, ShardEnd
 from pseudolabel.interfaces import Encoding
 from pseudolabel.labels import schema
-from pseudolabel.labels.encodings import divergence, fidelity, summarize
+from pseudolabel.labels.encodings import fidelity
 from pseudolabel.labels.schema import PartInfo
 from pseudolabel.views.draw import View
 
@@ -27,24 +28,35 @@ class AnnotatedShard:
 
 
 class PartBuilder:
-    """Collects one shard's rows, `num_views` a sample, and rejects."""
+    """Collects one shard's rows, `num_views` a sample, and rejects. `extra` are columns beside the encoding's."""
 
-    def __init__(self, shard: str, encoding: Encoding, num_classes: int, fingerprint: str, num_views: int = 1) -> None:
+    def __init__(
+        self,
+        shard: str,
+        encoding: Encoding,
+        num_classes: int,
+        fingerprint: str,
+        num_views: int = 1,
+        extra: Sequence[pa.Field] = (),
+    ) -> None:
         self._shard, self._encoding, self._num_classes, self._fingerprint = shard, encoding, num_classes, fingerprint
-        self._num_views = num_views
+        self._num_views, self._extra = num_views, extra
         self._keys: list[str] = []
         self._index: list[int] = []
         self._labels: list[int | None] = []
         self._views: list[View] = []
         self._rejects: list[Reject] = []
         self._columns: dict[str, list[Tensor]] = {}
-        self._divergence: list[Tensor] = []
 
-    def add(self, batch: DecodedBatch, logits_BC: Tensor) -> None:
-        """Encode a batch, one row of logits per (sample, view); a sample with any row that isn't finite is rejected."""
+    def add(self, batch: DecodedBatch, columns: Mapping[str, Tensor] | None) -> None:
+        """Take a batch with its columns (`forward.encoded`), a row per (sample, view); None if nothing was decoded. A
+        sample with any row that isn't finite is rejected.
+        """
         self._rejects += batch.rejects
-        finite_SV = torch.isfinite(logits_BC).all(dim=-1).view(-1, self._num_views)
-        flags = finite_SV.all(dim=-1).tolist()
+        if columns is None:
+            return
+        good_S = columns["finite"].view(-1, self._num_views).all(dim=-1)
+        flags = good_S.tolist()
         for sample, good in enumerate(flags):
             key, index = batch.keys[sample], batch.index[sample]
             if good:
@@ -55,14 +67,9 @@ class PartBuilder:
             else:
                 detail = "the teacher's logits hold NaN or infinity"
                 self._rejects.append(Reject(index, key, "forward", "NonFiniteLogits", detail))
-        if not any(flags):
-            return
-        if not all(flags):
-            logits_BC = logits_BC[finite_SV.all(dim=-1).repeat_interleave(self._num_views)]
-        encoded = self._encoding.encode(logits_BC)
-        self._divergence.append(divergence(self._encoding, encoded, logits_BC).cpu())
-        for name, column in {**summarize(logits_BC), **encoded}.items():
-            self._columns.setdefault(name, []).append(column.cpu())
+        keep = slice(None) if all(flags) else good_S.repeat_interleave(self._num_views)
+        for name, column in columns.items():
+            self._columns.setdefault(name, []).append(column[keep])
 
     def finish(self, end: ShardEnd) -> AnnotatedShard:
         """The table, in the shard's order. rows of view 0 + rejects = samples."""
@@ -75,11 +82,13 @@ class PartBuilder:
             "flip": [view.flip for view in self._views],
             "aug_seed": [view.aug_seed for view in self._views],
         }
-        wanted = schema.part_schema(self._encoding.fields(self._num_classes), augmented=self._num_views > 1)
+        wanted = schema.part_schema(
+            [*self._encoding.fields(self._num_classes), *self._extra], augmented=self._num_views > 1
+        )
         arrays = [
             pa.array(ready[field.name], field.type)
             if field.name in ready
-            else _to_arrow(self._columns.get(field.name, []), field.type)
+            else _to_arrow(self._columns.pop(field.name, []), field.type)
             for field in wanted
         ]
         part = pa.Table.from_arrays(arrays, schema=wanted)
@@ -91,7 +100,7 @@ class PartBuilder:
         )
         self._rejects.sort(key=lambda reject: reject.index)
         listed: list[dict[str, Any]] = [{"shard": self._shard, **asdict(reject)} for reject in self._rejects]
-        lost_3N = torch.cat(self._divergence, dim=-1) if self._divergence else torch.zeros(3, 0)
+        lost_N3 = torch.cat(self._columns["divergence"]) if "divergence" in self._columns else torch.zeros(0, 3)
         info = PartInfo(
             fingerprint=self._fingerprint,
             shard=self._shard,
@@ -101,7 +110,7 @@ class PartBuilder:
             rejects=len(self._rejects),
             encoding=self._encoding.name,
             num_classes=self._num_classes,
-            fidelity=fidelity(lost_3N),
+            fidelity=fidelity(lost_N3.T),
         )
         return AnnotatedShard(info, part, pa.Table.from_pylist(listed, schema=schema.REJECT_SCHEMA))
 

@@ -69,12 +69,23 @@ class LoadedEnsemble:
     def prepare(self, image_CHW: Tensor) -> tuple[Tensor, ...]:
         return tuple(tensor for member in self.members for tensor in member.prepare(image_CHW))
 
-    def logits(self, inputs: tuple[Tensor, ...]) -> Tensor:
+    @property
+    def num_members(self) -> int:
+        return len(self.members)
+
+    def member_logits(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Each member's log-probabilities, float32 of shape (B, C), in the order of `members`."""
         assert len(inputs) == len(self.members)
-        log_probs = [
+        return tuple(
             torch.log_softmax(member.logits((one,)), dim=-1) for member, one in zip(self.members, inputs, strict=True)
-        ]
-        return torch.stack([weight * each for weight, each in zip(self.weights, log_probs, strict=True)]).sum(0)
+        )
+
+    def combine(self, members: tuple[Tensor, ...]) -> Tensor:
+        """Their weighted mean."""
+        return torch.stack([weight * each for weight, each in zip(self.weights, members, strict=True)]).sum(0)
+
+    def logits(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        return self.combine(self.member_logits(inputs))
 
 
 def _named(model: LoadedTeacher) -> bool:

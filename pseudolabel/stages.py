@@ -1,0 +1,70 @@
+"""Where annotate's time goes: seconds per stage, and what to change about the largest.
+
+decode     reading and decoding, or waiting for it where it runs in processes of its own
+forward    the teacher and the encoding of its logits, or waiting for the device
+write      waiting for the previous part to be on disk
+other      all else: handing out shards, building tables
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+STAGES = ("decode", "forward", "write", "other")
+
+
+@dataclass
+class Stages:
+    """A worker's clock: every moment since the last `take` belongs to one stage, `other` if to none."""
+
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+    _since: float = field(default_factory=time.monotonic)
+
+    @contextmanager
+    def during(self, stage: str) -> Iterator[None]:
+        """Count the body's time as `stage`."""
+        self._until_now("other")
+        try:
+            yield
+        finally:
+            self._until_now(stage)
+
+    def take(self) -> dict[str, float]:
+        """Seconds per stage since the last call, to a tenth of a millisecond."""
+        self._until_now("other")
+        taken, self.seconds = self.seconds, dict.fromkeys(STAGES, 0.0)
+        return {stage: round(seconds, 4) for stage, seconds in taken.items()}
+
+    def _until_now(self, stage: str) -> None:
+        now = time.monotonic()
+        self.seconds[stage] += now - self._since
+        self._since = now
+
+
+def shares(seconds: Mapping[str, float]) -> dict[str, float]:
+    """Each stage's share of the whole, in [0, 1]; all 0 if no time has passed."""
+    total = sum(seconds.values())
+    return {stage: value / total if total else 0.0 for stage, value in seconds.items()}
+
+
+def bottleneck(seconds: Mapping[str, float], *, gpu: bool) -> str:
+    """One line: which stage bounds the rate, and what to change."""
+    share = shares(seconds)
+    if not any(share.values()):
+        return "nothing was annotated, so nothing was slow"
+    worst = max(share, key=lambda stage: share[stage])
+    advice = {
+        "decode": "give the GPU's host more cores, or store smaller images; --fast-jpeg helps with large ones"
+        if gpu
+        else "store smaller images; --fast-jpeg helps with large ones",
+        "forward": "the teacher itself: only a larger --batch-size, --precision bf16, --compile, more devices or "
+        "--slice over more machines make it faster"
+        if gpu
+        else "the teacher itself: try --batch-size auto and --compile, a GPU, or --slice over more machines",
+        "write": "the disk of the store: put it on a faster one, or choose an encoding of fewer bytes (see plan)",
+        "other": "bookkeeping: larger shards or a larger --batch-size make it less",
+    }
+    return f"bound by {worst} ({share[worst]:.0%} of the workers' time): {advice[worst]}"
