@@ -13,7 +13,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -24,13 +24,17 @@ from pseudolabel.engines.local import resolve_device
 Row = dict[str, str | float | None]
 
 
-def parse_arguments(doc: str | None, *, device: bool = True) -> argparse.Namespace:
-    """`--quick`, `--json`, and `--device` where it matters."""
+def parse_arguments(
+    doc: str | None, *, device: bool = True, flags: Mapping[str, str] | None = None
+) -> argparse.Namespace:
+    """`--quick`, `--json`, `--device` where it matters, and `flags` of one's own with their help."""
     parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a run of some seconds: is the script sound?")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout, the table on stderr")
     if device:
         parser.add_argument("--device", default="auto", type=resolve_device, help="auto, cpu, cuda, cuda:1")
+    for flag, text in (flags or {}).items():
+        parser.add_argument(flag, action="store_true", help=text)
     return parser.parse_args()
 
 

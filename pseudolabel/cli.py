@@ -119,6 +119,12 @@ def _annotate_option(name: str) -> Any:
     return typer.Option(help=_settings_help(AnnotateSettings, name), show_default=False)
 
 
+def _batch_size(text: str) -> str:
+    if text != "auto" and not (text.isascii() and text.isdecimal() and int(text) > 0):
+        raise typer.BadParameter(f"{text!r} is neither a whole number from 1 nor auto")
+    return text
+
+
 def _train_option(name: str, kind: type[AugmentSettings | TrainSettings] = TrainSettings) -> Any:
     return typer.Option(help=_settings_help(kind, name), show_default=False)
 
@@ -175,7 +181,10 @@ def annotate(
     view_policy: Annotated[str | None, _annotate_option("view_policy")] = None,
     tta: Annotated[str | None, _annotate_option("tta")] = None,
     keep_members: Annotated[bool, _annotate_option("keep_members")] = False,
-    batch_size: Annotated[str | None, _annotate_option("batch_size")] = None,
+    batch_size: Annotated[
+        str | None,
+        typer.Option(metavar="N|auto", parser=_batch_size, help=_settings_help(AnnotateSettings, "batch_size")),
+    ] = None,
     precision: Annotated[str | None, _annotate_option("precision")] = None,
     compile_: Annotated[bool, typer.Option("--compile", help=_settings_help(AnnotateSettings, "compile"))] = False,
     device: Device = "auto",
