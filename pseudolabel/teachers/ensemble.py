@@ -69,11 +69,15 @@ class LoadedEnsemble:
     def prepare(self, image_CHW: Tensor) -> tuple[Tensor, ...]:
         return tuple(tensor for member in self.members for tensor in member.prepare(image_CHW))
 
-    def logits(self, inputs: tuple[Tensor, ...]) -> Tensor:
+    def member_logits(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Each member's log-probabilities, float32 of shape (B, C), in the order of `members`."""
         assert len(inputs) == len(self.members)
-        log_probs = [
+        return tuple(
             torch.log_softmax(member.logits((one,)), dim=-1) for member, one in zip(self.members, inputs, strict=True)
-        ]
+        )
+
+    def logits(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        log_probs = self.member_logits(inputs)
         return torch.stack([weight * each for weight, each in zip(self.weights, log_probs, strict=True)]).sum(0)
 
 

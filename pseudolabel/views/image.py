@@ -131,7 +131,7 @@ class Preprocessing:
         return len(self.mean)
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON values. The younger fields appear only where they say something: fingerprints made before them stay."""
+        """As JSON values. The younger fields appear only where they matter: fingerprints made before them stay."""
         young = {"fit": "shorter", "center": "even"}
         return {
             name: list(value) if isinstance(value, tuple) else value
@@ -173,8 +173,10 @@ class Preprocessing:
         if (height, width) == (self.crop, self.crop):
             return image_CHW
         if self.center == "floor" and min(height, width) >= self.crop:
-            return F.crop(image_CHW, (height - self.crop) // 2, (width - self.crop) // 2, self.crop, self.crop)
-        return F.center_crop(image_CHW, [self.crop, self.crop])
+            top, left = (height - self.crop) // 2, (width - self.crop) // 2
+            return image_CHW[..., top : top + self.crop, left : left + self.crop]
+        cropped: Tensor = F.center_crop(image_CHW, [self.crop, self.crop])
+        return cropped
 
 
 def square(size: int, channels: int) -> Preprocessing:
