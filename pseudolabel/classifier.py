@@ -44,8 +44,13 @@ def make_classifier(
     architecture: str,
     device: torch.device,
     classes: Sequence[str] | None = None,
+    facts: Mapping[str, Any] | None = None,
+    probe: bool = True,
 ) -> Classifier:
     """Put `body` (normalised images → logits) to work on `device`.
+
+    `facts` are what else decides its logits, for its identity. Without a `probe`, which needs `classes`, the body is
+    taken at its word, and what it does at its first batch is not done before.
 
     Raises:
         SpecError: it doesn't give logits of shape (B, C), or not one per class name.
@@ -53,6 +58,18 @@ def make_classifier(
     model = nn.Sequential(Normalize(preprocessing), body).eval().requires_grad_(False)
     digest = weights_sha256(body)
     model = model.to(device).to(memory_format=torch.channels_last)
+    names = tuple(classes) if classes is not None else ()
+    if probe:
+        outputs = _num_outputs(model, preprocessing, architecture, device)
+        names = tuple(classes) if classes is not None else tuple(str(index) for index in range(outputs))
+        if len(names) != outputs:
+            raise SpecError(f"{architecture}: {len(names)} class names for {outputs} logits")
+    identity = {"architecture": architecture, "weights_sha256": digest, "preprocessing": preprocessing.to_json()}
+    identity |= facts or {}
+    return Classifier(model, preprocessing, names, identity, device)
+
+
+def _num_outputs(model: nn.Module, preprocessing: Preprocessing, architecture: str, device: torch.device) -> int:
     shape = (1, preprocessing.channels, preprocessing.crop, preprocessing.crop)
     try:
         with torch.no_grad():
@@ -65,11 +82,7 @@ def make_classifier(
         raise SpecError(
             f"{architecture}: the model must give logits of shape (batch, classes), it gave {found} for a batch of 1"
         )
-    names = tuple(classes) if classes is not None else tuple(str(index) for index in range(probe.shape[1]))
-    if len(names) != probe.shape[1]:
-        raise SpecError(f"{architecture}: {len(names)} class names for {probe.shape[1]} logits")
-    identity = {"architecture": architecture, "weights_sha256": digest, "preprocessing": preprocessing.to_json()}
-    return Classifier(model, preprocessing, names, identity, device)
+    return int(probe.shape[1])
 
 
 def weights_sha256(module: nn.Module) -> str:

@@ -173,6 +173,9 @@ def annotate(
     shards: Shards,
     teacher: Annotated[list[str], typer.Option(help="teacher spec; several make an ensemble, weighted as in SPEC@0.7")],
     out: Annotated[Path, typer.Option(help="the store: made, or gone on with")],
+    class_map: Annotated[
+        Path | None, typer.Option(help="TOML file of target classes, each made of some of the teacher's")
+    ] = None,
     encoding: Annotated[str, typer.Option(help="dense, or topk:K")] = "dense",
     views: Annotated[
         int, typer.Option(min=1, max=1024, help="views a sample: the clean one, the others augmented")
@@ -217,7 +220,7 @@ def annotate(
         display.begin_annotating(listed)
         result = annotate(
             listed,
-            parse_teachers(teacher),
+            parse_teachers(teacher, class_map),
             out,
             engine=engine,
             settings=settings,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qsl, quote, unquote
@@ -34,15 +34,21 @@ class Spec:
         name = _SPECIAL.sub(lambda match: quote(match[0], safe=""), self.name)
         return f"{self.scheme}:{name}" + (f"?{query}" if query else "")
 
-    def only(self, allowed: Iterable[str]) -> dict[str, Any]:
-        """The arguments as a dict. Raises `SpecError` for one that isn't `allowed`, naming the nearest that is."""
+    def only(self, allowed: Iterable[str], whole: Mapping[str, int] | None = None) -> dict[str, Any]:
+        """The arguments as a dict. Raises `SpecError` for one that isn't `allowed`, naming the nearest that is, and
+        for one named in `whole` that isn't a whole number from the least value given there.
+        """
         allowed = list(allowed)
         for key, _ in self.args:
             if key not in allowed:
                 raise SpecError(
                     f"{self}: unknown argument {key!r}{nearest(key, allowed)}; it takes {', '.join(allowed) or 'none'}"
                 )
-        return dict(self.args)
+        args = dict(self.args)
+        for name, least in (whole or {}).items():
+            if name in args and (type(args[name]) is not int or args[name] < least):
+                raise SpecError(f"{self}: {name} must be a whole number from {least}")
+        return args
 
 
 def parse(text: str) -> Spec:
@@ -67,6 +73,11 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """` (did you mean 'x'?)` for the closest of `known`, or nothing."""
     close = difflib.get_close_matches(word, list(known), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def missing_package(spec: Spec, error: ImportError, extra: str) -> SpecError:
+    """What to install for a source whose package can't be imported."""
+    return SpecError(f"{spec}: {error}; install it with: pip install 'pseudolabel[{extra}]'")
 
 
 def _value(text: str) -> Any:

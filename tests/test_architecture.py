@@ -69,7 +69,17 @@ def test_only_the_outside_imports_the_outside() -> None:
 
 @pytest.mark.parametrize(
     ("package", "home"),
-    [("webdataset", {"shards"}), ("duckdb", set()), ("plotly", {"report"}), ("torchmetrics", {"evaluate"})],
+    [
+        ("webdataset", {"shards"}),
+        ("duckdb", set()),
+        ("plotly", {"report"}),
+        ("torchmetrics", {"evaluate"}),
+        ("timm", {"teachers.timm"}),
+        ("transformers", {"teachers.huggingface"}),
+        ("open_clip", {"teachers.open_clip"}),
+        ("onnx", {"teachers.onnx"}),
+        ("onnxruntime", {"teachers.onnx"}),
+    ],
 )
 def test_a_package_has_one_importer(package: str, home: set[str]) -> None:
     importers = set()

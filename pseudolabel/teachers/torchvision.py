@@ -11,9 +11,7 @@ import contextlib
 import pickle
 import re
 import sys
-import warnings
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +25,7 @@ from pseudolabel.classifier import Classifier, make_classifier
 from pseudolabel.errors import SpecError
 from pseudolabel.specs import Spec
 from pseudolabel.views.image import Preprocessing
+from pseudolabel.weights import fill, first_lines, random_weights, read_weights
 
 _ARGUMENTS = ("weights", "weights_file", "num_classes", "seed")
 _IMAGENET = Preprocessing(256, 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -58,15 +57,11 @@ class TorchvisionTeacher:
 
     def _body(self, args: dict[str, Any], weights: WeightsEnum | None) -> nn.Module:
         if "weights_file" in args:
-            path = Path(str(args["weights_file"]))
-            return _fill(self._untrained(args, weights), _read_file(path), str(path))
+            path = str(args["weights_file"])
+            return fill(self._untrained(args, weights), _old_names(read_weights(path)), path)
         if weights is not None:
-            return _fill(self._untrained(args, weights), _download(self.spec, weights), str(self.spec))
-        warnings.warn(
-            f"{self.uri}: no weights are given, so the teacher is random; of use for timing alone", stacklevel=3
-        )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(args.get("seed", 0))
+            return fill(self._untrained(args, weights), _old_names(_download(self.spec, weights)), str(self.spec))
+        with random_weights(self.uri, args.get("seed", 0)):
             return self._untrained(args, None)
 
     def _untrained(self, args: dict[str, Any], weights: WeightsEnum | None) -> nn.Module:
@@ -93,10 +88,7 @@ def make(spec: Spec) -> TorchvisionTeacher:
 
 
 def _checked(spec: Spec) -> dict[str, Any]:
-    args = spec.only(_ARGUMENTS)
-    for name, least in (("num_classes", 1), ("seed", 0)):
-        if name in args and (type(args[name]) is not int or args[name] < least):
-            raise SpecError(f"{spec}: {name} must be a whole number from {least}")
+    args = spec.only(_ARGUMENTS, whole={"num_classes": 1, "seed": 0})
     if "weights" in args and "num_classes" in args:
         raise SpecError(f"{spec}: weights= says the number of classes; drop it or num_classes=")
     return args
@@ -134,44 +126,13 @@ def _download(spec: Spec, weights: WeightsEnum) -> dict[str, Tensor]:
         ) from error
     except (OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
         raise SpecError(
-            f"{spec}: the weights can't be downloaded ({_first_lines(error)})\nfetch them elsewhere and "
+            f"{spec}: the weights can't be downloaded ({first_lines(error)})\nfetch them elsewhere and "
             "name them with weights_file=FILE, beside weights="
         ) from error
 
 
-def _read_file(path: Path) -> dict[str, Tensor]:
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
-        return state
-    except pickle.UnpicklingError as error:
-        raise SpecError(
-            f"{path}: holds more than tensors, and loading that could run code; convert it to .safetensors"
-        ) from error
-    except Exception as error:  # the readers raise whatever they like on bytes that are no weights
-        raise SpecError(
-            f"{path}: can't be read as weights ({type(error).__name__}: {_first_lines(error)}); fetch or save it again"
-        ) from error
-
-
-def _fill(body: nn.Module, state: dict[str, Tensor], source: str) -> nn.Module:
-    if not isinstance(state, dict):
-        raise SpecError(f"{source}: holds {type(state).__name__}, not a state dict; save model.state_dict()")
-    try:
-        for name in list(state):  # in place: a state dict carries versions beside its tensors
-            new = _OLD_DENSENET.sub(r"\1\2", name)
-            state[new] = state.pop(name)
-        body.load_state_dict(state)
-    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
-        raise SpecError(
-            f"{source}: these weights don't load into the model: {_first_lines(error)}\nname the model that they were "
-            "saved from, and its num_classes="
-        ) from error
-    return body
-
-
-def _first_lines(error: Exception) -> str:
-    return " ".join(line.strip()[:200] for line in str(error).splitlines()[:2])
+def _old_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    for name in list(state):  # in place: a state dict carries versions beside its tensors
+        new = _OLD_DENSENET.sub(r"\1\2", name) if isinstance(name, str) else name
+        state[new] = state.pop(name)
+    return state

@@ -36,7 +36,7 @@ MAX_PIXELS = 1 << 27
 
 # Nothing else: Pillow would also hand EPS to Ghostscript, whatever the field is called.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-_INTERPOLATIONS = ("nearest", "nearest-exact", "bilinear", "bicubic")
+INTERPOLATIONS = ("nearest", "nearest-exact", "bilinear", "bicubic")
 # The operator itself: `torchvision.io.decode_image` warns of its deprecation since 0.29, and where warnings are errors
 # every image would be rejected. For JPEG only: its PNG decoder ends the process with a segmentation fault on most
 # damaged files (0.29.2; with JPEG none of 100,000 mutated files did), though it takes 15 µs for 28x28 and Pillow 50.
@@ -116,8 +116,9 @@ def _decode_any(image: Image.Image) -> Tensor:
 class Preprocessing:
     """How a model wants its images.
 
-    The shorter side becomes `resize` pixels, the centre `crop` × `crop` is kept, pixels/255 are normalised by `mean`
-    and `std` (one value per channel).
+    The shorter side becomes `resize` pixels (with `fit="squash"` both sides do, whatever the shape), the centre
+    `crop` × `crop` is kept, pixels/255 are normalised by `mean` and `std` (one value per channel). Where the centre
+    falls between two pixels, torchvision takes the even one; transformers takes the first, `center="floor"`.
     """
 
     resize: int
@@ -125,21 +126,31 @@ class Preprocessing:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     interpolation: str = "bilinear"
+    fit: str = "shorter"
+    center: str = "even"
 
     @property
     def channels(self) -> int:
         return len(self.mean)
 
     def to_json(self) -> dict[str, Any]:
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        """As JSON values. The younger fields appear only where they matter: fingerprints made before them stay."""
+        young = {"fit": "shorter", "center": "even"}
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in asdict(self).items()
+            if young.get(name) != value
+        }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Preprocessing:
         """Inverse of `to_json`. Raises `KeyError`, `TypeError` or `ValueError` on anything else."""
         mean, std = (tuple(float(value) for value in data[name]) for name in ("mean", "std"))
-        made = cls(index(data["resize"]), index(data["crop"]), mean, std, str(data.get("interpolation", "bilinear")))
+        words = {name: str(data[name]) for name in ("interpolation", "fit", "center") if name in data}
+        made = cls(index(data["resize"]), index(data["crop"]), mean, std, **words)
         right = len(mean) in (1, 3) and len(std) == len(mean) and min(std) > 0 and all(map(math.isfinite, mean + std))
-        right = right and made.interpolation in _INTERPOLATIONS
+        right = right and made.interpolation in INTERPOLATIONS
+        right = right and made.fit in ("shorter", "squash") and made.center in ("even", "floor")
         if not right or min(made.crop, made.resize) < 1 or max(made.crop, made.resize) ** 2 > MAX_PIXELS:
             raise ValueError(f"preprocessing {dict(data)} makes no sense")
         return made
@@ -150,14 +161,24 @@ class Preprocessing:
         """
         image_CHW = to_channels(image_CHW, self.channels)
         height, width = image_CHW.shape[-2:]
-        if max(height, width) * self.resize**2 > MAX_PIXELS * min(height, width):
+        if self.fit == "squash":
+            to_height = to_width = self.resize
+        elif max(height, width) * self.resize**2 > MAX_PIXELS * min(height, width):
             raise UndecodableImage(f"{width}x{height} pixels: too long and thin to resize to {self.resize}")
-        longer = int(self.resize * max(height, width) / min(height, width))
-        size = (longer, self.resize) if height > width else (self.resize, longer)
-        image_CHW = resize(image_CHW, *size, self.interpolation)
-        if image_CHW.shape[-2:] != (self.crop, self.crop):
-            image_CHW = F.center_crop(image_CHW, [self.crop, self.crop])
-        return image_CHW
+        else:
+            longer = int(self.resize * max(height, width) / min(height, width))
+            to_height, to_width = (longer, self.resize) if height > width else (self.resize, longer)
+        return self._center_crop(resize(image_CHW, to_height, to_width, self.interpolation))
+
+    def _center_crop(self, image_CHW: Tensor) -> Tensor:
+        height, width = image_CHW.shape[-2:]
+        if (height, width) == (self.crop, self.crop):
+            return image_CHW
+        if self.center == "floor" and min(height, width) >= self.crop:
+            top, left = (height - self.crop) // 2, (width - self.crop) // 2
+            return image_CHW[..., top : top + self.crop, left : left + self.crop]
+        cropped: Tensor = F.center_crop(image_CHW, [self.crop, self.crop])
+        return cropped
 
 
 @dataclass(frozen=True)
