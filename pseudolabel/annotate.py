@@ -11,7 +11,8 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +24,8 @@ from pseudolabel import storage
 from pseudolabel.batch_size import choose_batch_size
 from pseudolabel.engines import default_engine
 from pseudolabel.errors import DamagedShard, StoreMismatch, TooManyRejects
-from pseudolabel.interfaces import Engine, Teacher
+from pseudolabel.inputs import named_beside
+from pseudolabel.interfaces import Engine, LoadedTeacher, Teacher
 from pseudolabel.labeling import AnnotateWork, Progress, annotate_shard, identify, settle
 from pseudolabel.labels import store
 from pseudolabel.labels.schema import PartInfo
@@ -81,6 +83,7 @@ def annotate(
     devices = engine.devices()
     settings = choose_batch_size(settings, teacher, engine, storage.local_path(out))
     loaded = teacher.load(torch.device("cpu"))
+    _compare_classes(shards, loaded)
     settings = settle(settings, devices[0], loaded)
     target = store.create(out, identify(loaded, settings))
     del loaded
@@ -154,6 +157,17 @@ class _Tally:
                 f"the worst shard is {path}: {rejects} of {samples}; the reasons are in the store's rejects/\n"
                 "mend the shards, or raise the limit; finished shards are kept"
             )
+
+
+def _compare_classes(shards: Sequence[Shard], teacher: LoadedTeacher) -> None:
+    """Warn where the corpus names other classes than the teacher has: the labels may be wanted all the same."""
+    names = named_beside(shards)
+    if names is not None and len(names) != len(teacher.classes):
+        warnings.warn(
+            f"the teacher has {len(teacher.classes)} classes, the classes.txt beside the shards names {len(names)}: "
+            "train will refuse these labels for that corpus; --class-map makes one's classes of the other's",
+            stacklevel=3,
+        )
 
 
 def _all_damage(damage: list[DamagedShard], shards: int) -> DamagedShard:

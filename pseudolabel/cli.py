@@ -13,6 +13,7 @@ import io
 import json
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -45,9 +46,31 @@ Overrides = Annotated[
 ]
 
 
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(version("pseudolabel"))
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="print the version")
+    ] = False,
+) -> None:
+    pass
+
+
 def main() -> None:
     """Entry point: usage errors become JSON, too, if `--json` is given. A scheduler's SIGTERM ends as Ctrl-C does."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    warnings.showwarning = _show_warning
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal of another encoding must not cost the result
@@ -145,6 +168,9 @@ def pack(
     name: Annotated[str, typer.Option(help="prefix of the shards' names, which must be unique in a corpus")] = "",
     image_column: Annotated[str | None, typer.Option(help="column of image paths or bytes")] = None,
     label_column: Annotated[str | None, typer.Option(help="column of labels: numbers or names")] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="decode every image first; refuse the source if any can't be")
+    ] = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> Mapping[str, Any]:
@@ -162,6 +188,7 @@ def pack(
         name=name,
         image_column=image_column,
         label_column=label_column,
+        check=check,
         overwrite=overwrite,
     )
     print_pairs({**result.samples, "shards": result.shards, "classes": len(result.classes)}, _out(as_json))
@@ -171,7 +198,13 @@ def pack(
 @_command
 def annotate(
     shards: Shards,
-    teacher: Annotated[list[str], typer.Option(help="teacher spec; several make an ensemble, weighted as in SPEC@0.7")],
+    teacher: Annotated[
+        list[str],
+        typer.Option(
+            help="teacher spec: torchvision:NAME, timm:NAME, hf:NAME, open_clip:ARCH/TAG, onnx:FILE, checkpoint:RUN or "
+            "python:MODULE:FUNCTION; several make an ensemble, weighted as in SPEC@0.7"
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="the store: made, or gone on with")],
     class_map: Annotated[
         Path | None, typer.Option(help="TOML file of target classes, each made of some of the teacher's")
@@ -234,17 +267,27 @@ def annotate(
 
 
 @_command
-def inspect(store: Annotated[Path, typer.Argument(help="a store")], as_json: Json = False) -> Mapping[str, Any]:
+def inspect(
+    store: Annotated[Path, typer.Argument(help="a store")],
+    rejects: Annotated[bool, typer.Option("--rejects", help="list every rejected sample with its reason")] = False,
+    as_json: Json = False,
+) -> Mapping[str, Any]:
     """Say what is in a store."""
     from pseudolabel.labels.store import open_store
-    from pseudolabel.labels.summary import summarize_store
+    from pseudolabel.labels.summary import list_rejects, summarize_store
 
-    summary = dataclasses.asdict(summarize_store(open_store(store)))
+    opened = open_store(store)
+    summary = dataclasses.asdict(summarize_store(opened))
     shown = {name: value for name, value in summary.items() if name not in ("fidelity", "teacher", "classes")}
     for name, by_temperature in summary["fidelity"].items():
         shown[f"KL(full || stored), {name}"] = ", ".join(f"{value:.2g} at T={t}" for t, value in by_temperature.items())
+    shown["classes"] = ", ".join(summary["classes"][:20]) + (", …" if len(summary["classes"]) > 20 else "")
     shown["teacher"] = json.dumps(summary["teacher"])
     print_pairs(shown, _out(as_json))
+    if rejects:
+        summary["rejected"] = list(list_rejects(opened))
+        for one in summary["rejected"]:
+            print("{shard}: sample {key!r} ({stage}): {detail}".format(**one), file=_out(as_json))
     return summary
 
 
@@ -271,12 +314,16 @@ def verify(
 @_command
 def train(
     out: Annotated[Path, typer.Option(help="run directory: made, or gone on with")],
-    labeled: Annotated[list[str] | None, typer.Option(help="labeled shards")] = None,
-    unlabeled: Annotated[list[str] | None, typer.Option(help="unlabeled shards, annotated in --labels")] = None,
+    labeled: Annotated[list[str] | None, typer.Option(help="labeled shards; may be repeated")] = None,
+    unlabeled: Annotated[
+        list[str] | None, typer.Option(help="unlabeled shards, annotated in --labels; may be repeated")
+    ] = None,
     labels: Annotated[
         Path | None, typer.Option(help="store of soft labels; without it, plain supervised training")
     ] = None,
-    val: Annotated[list[str] | None, typer.Option(help="labeled shards that choose the best checkpoint")] = None,
+    val: Annotated[
+        list[str] | None, typer.Option(help="labeled shards that choose the best checkpoint; may be repeated")
+    ] = None,
     recipe: Annotated[
         Path | None, typer.Option(help="TOML file whose train table gives the settings; flags override it")
     ] = None,

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pseudolabel.loop import TrainProgress
     from pseudolabel.shards import Shard
 
+_FEW_STEPS = 100
 _QUIET_SECONDS = 10.0  # without a terminal, a line this often
 
 
@@ -40,11 +41,16 @@ class Display:
     def stage(self, title: str, shards: list[Shard] | None = None) -> None:
         """Begin something new; shards are given where an annotation follows."""
         self._close()
-        self.console.print(f"[bold]{title}[/bold]", markup=True) if self.console.is_terminal else print(
-            title, file=sys.stderr, flush=True
-        )
+        self.say(title)
         if shards is not None:
             self.begin_annotating(shards)
+
+    def say(self, text: str) -> None:
+        """A line of its own."""
+        if self.console.is_terminal:
+            self.console.print(text, style="bold", markup=False)
+        else:
+            print(text, file=sys.stderr, flush=True)
 
     def begin_annotating(self, shards: Sequence[Shard]) -> None:
         self._samples = self._bytes = self._shards = 0
@@ -71,6 +77,11 @@ class Display:
     def training(self, progress: TrainProgress) -> None:
         """Told every few steps."""
         if self._task is None and self._live is None:
+            if progress.steps < _FEW_STEPS:
+                self.say(
+                    f"note: {progress.steps} steps in all are few to learn from; a smaller --batch-size or more "
+                    "--epochs or --steps give more"
+                )
             self._open(progress.steps, "steps")
         val = f", val accuracy {progress.val_accuracy:.4f}" if progress.val_accuracy is not None else ""
         text = f"loss {progress.loss:.4f}{val}, {progress.samples_per_second:,.0f} samples/s"

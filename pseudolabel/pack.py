@@ -46,9 +46,11 @@ def pack(
     name: str = "",
     image_column: str | None = None,
     label_column: str | None = None,
+    check: bool = False,
     overwrite: bool = False,
 ) -> PackResult:
-    """Pack `source` into shards below `out`, with `dataset.json` and `classes.txt` beside them.
+    """Pack `source` into shards below `out`, with `dataset.json` and `classes.txt` beside them. `check` decodes every
+    image first and refuses the source if any can't be.
 
     Without `labels_per_class` every labeled image keeps its label. Images without a label go to unlabeled/. Shards
     are named `<name-><split>-000000.tar`.
@@ -68,7 +70,9 @@ def pack(
     for one in found.classes:
         if one.splitlines() != [one.strip()]:
             raise SourceError(f"the class name {one!r} won't fit on a line of classes.txt: rename the class")
-    split = split_items(found.items, labels_per_class, val_fraction, test_fraction, seed)
+    if check:
+        check_images(found.items)
+    split = split_items(found.items, labels_per_class, val_fraction, test_fraction, seed, found.classes)
     shards = 0
     with _replacing(directory) as new:  # an image that can't be read must not cost the data set that was there
         for part, items in split.items():
@@ -115,8 +119,31 @@ def _shards(directory: Path) -> list[Path]:
     return [path for split in SPLITS for path in (directory / split).glob("*.tar")]
 
 
+def check_images(items: Sequence[Item]) -> None:
+    """Decode all images. Raises `SourceError` naming those that can't be."""
+    from pseudolabel.views.image import UndecodableImage, decode
+
+    bad = []
+    for item in items:
+        try:
+            decode(item.read()[1])
+        except UndecodableImage as error:
+            bad.append(f"{item.key}: {error}")
+    if bad:
+        listed = "\n".join(f"  {line}" for line in bad[:3])
+        more = f" (the first {min(len(bad), 3)} are listed)" if len(bad) > 3 else ""
+        raise SourceError(
+            f"{len(bad)} of {len(items)} images can't be decoded{more}; remove or replace them:\n{listed}"
+        )
+
+
 def split_items(
-    items: Sequence[Item], labels_per_class: int | None, val_fraction: float, test_fraction: float, seed: int
+    items: Sequence[Item],
+    labels_per_class: int | None,
+    val_fraction: float,
+    test_fraction: float,
+    seed: int,
+    classes: Sequence[str] = (),
 ) -> dict[str, list[Item]]:
     """Deal items out by class, shuffled by `seed`. Raises `SourceError` if a class has too few."""
     if not (val_fraction >= 0 and test_fraction >= 0 and val_fraction + test_fraction <= 1):  # NaN is none of these
@@ -142,7 +169,8 @@ def split_items(
         kept = len(rest) if labels_per_class is None else labels_per_class
         if kept > len(rest):
             raise SourceError(
-                f"class {label} has {len(rest)} images after val and test, fewer than --labels-per-class {kept}"
+                f"class {classes[label] if label < len(classes) else label} has {len(rest)} images after val and test, "
+                f"fewer than --labels-per-class {kept}"
             )
         split["val"] += shuffled[:val]
         split["test"] += shuffled[val : val + test]

@@ -18,6 +18,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+import tomllib
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -154,10 +156,12 @@ class _Pipeline:
         path = self.out / "recipe.toml"
         text = tomli_w.dumps(self.recipe.model_dump(mode="json", exclude_none=True))
         if path.exists():
-            if path.read_text(encoding="utf-8") != text:
+            text_there = path.read_text(encoding="utf-8", errors="replace")
+            if text_there != text:
                 raise OutputExists(
-                    f"{self.out}: holds the run of another recipe (compare its recipe.toml); choose "
-                    "another --out, or the old recipe"
+                    f"{self.out}: holds the run of another recipe; what differs:\n"
+                    + "\n".join(f"  {line}" for line in _differences(text_there, text)[:2])
+                    + "\nchoose another --out, or the old recipe"
                 )
             return
         if self.out.exists() and any(
@@ -173,7 +177,7 @@ class _Pipeline:
         if own is None:
             uris = list(self.recipe.teacher.specs)
             return uris, self._given_teacher(uris)
-        self.watcher.stage("teacher: training on the labels alone")
+        self.watcher.stage(f"teacher: training on the labels alone{_done(self.out / 'teacher')}")
         result = self._train(own, self.out / "teacher", control=True)
         return [_as_teacher(self.out / "teacher", own.student)], self._row(
             0, "labels alone", own.student, self.out / "teacher", result
@@ -213,7 +217,7 @@ class _Pipeline:
         )
         self.watcher.stage(
             f"round {number}: training {self.recipe.train.student} on "
-            f"{annotated.samples - annotated.rejects} soft labels"
+            f"{annotated.samples - annotated.rejects} soft labels{_done(directory / 'student')}"
         )
         settings = self.recipe.train.model_copy(update={"seed": self.recipe.train.seed + number - 1})
         result = self._train(settings, directory / "student")
@@ -221,7 +225,7 @@ class _Pipeline:
 
     def control(self, steps: int) -> Round:
         """The same student, seed and number of steps, from the labeled set alone."""
-        self.watcher.stage("control: training the same student on the labels alone")
+        self.watcher.stage(f"control: training the same student on the labels alone{_done(self.out / 'control')}")
         settings = self.recipe.train.model_copy(update={"steps": steps, "epochs": None})
         result = self._train(settings, self.out / "control", control=True)
         return self._row(0, "none", settings.student, self.out / "control", result)
@@ -266,6 +270,28 @@ class _Pipeline:
         found = evaluate(directory, shards, device=self.place.device, trust_code=trust_code)
         storage.write_atomic(path, json.dumps({**inputs, **asdict(found)}, indent=1) + "\n")
         return found.accuracy
+
+
+def _done(run: Path) -> str:
+    return ": done already" if (run / "run.json").exists() else ""
+
+
+def _differences(there: str, here: str) -> list[str]:
+    """A line per value that two recipes don't share."""
+    try:
+        old, new = (dict(_flat(tomllib.loads(text))) for text in (there, here))
+    except tomllib.TOMLDecodeError as error:
+        return [f"its recipe.toml can't be read ({error})"]
+    names = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+    return [f"{name}: {old.get(name, 'not set')} there, {new.get(name, 'not set')} now" for name in names]
+
+
+def _flat(tables: dict[str, Any], where: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tables.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{where}{name}.")
+        else:
+            yield f"{where}{name}", value
 
 
 def _as_teacher(run: Path, student: str) -> str:

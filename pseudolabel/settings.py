@@ -7,12 +7,18 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
-BatchSize = Annotated[int, Field(ge=1)]
 Precision = Literal["fp32", "bf16", "fp16"]
+
+
+def _check_batch_size(value: object) -> object:
+    number = int(value) if isinstance(value, str) and value.isascii() and value.isdecimal() else value
+    if number not in (None, "auto") and (type(number) is not int or number < 1):
+        raise ValueError("must be a whole number from 1, or auto")
+    return number
 
 
 class Settings(BaseModel):
@@ -29,10 +35,10 @@ class AnnotateSettings(Settings):
     """
 
     encoding: str = Field("dense", description="dense, or topk:K: how logits are stored")
-    batch_size: BatchSize | Literal["auto"] | None = Field(
+    batch_size: Annotated[int | Literal["auto"] | None, BeforeValidator(_check_batch_size)] = Field(
         None, description="images per forward pass, or auto: probed; if not given 256, on a CPU 32 to 256 by their size"
     )
-    precision: Precision | Literal["auto"] = Field(
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="fp32, or autocast to bf16 or fp16; auto: bf16 where the device has it"
     )
     compile: bool = Field(False, description="compile the teacher with torch.compile, for batches of one shape")
@@ -74,7 +80,10 @@ class AugmentSettings(Settings):
 class TrainSettings(Settings):
     """A student, its loss and its schedule."""
 
-    student: str = Field("small:resnet8?width=16", description="student spec")
+    student: str = Field(
+        "small:resnet8?width=16",
+        description="student spec: small:resnet8|14|20, torchvision:NAME or python:MODULE:FUNCTION",
+    )
     image_size: int | None = Field(
         None, ge=8, description="side of the student's input in pixels; 32 for small: students, 224 for others"
     )

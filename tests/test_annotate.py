@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import digit_like, image_bytes, make_model
+from conftest import Cli, digit_like, image_bytes, make_model
 
 from pseudolabel.annotate import AnnotateResult, annotate, annotate_shard
 from pseudolabel.checkpoint import load_model
@@ -19,7 +19,7 @@ from pseudolabel.engines.local import LocalEngine
 from pseudolabel.errors import DamagedShard, SpecError, StoreMismatch, TooManyRejects
 from pseudolabel.labels.store import open_store
 from pseudolabel.settings import AnnotateSettings
-from pseudolabel.shards import list_shards, read_samples
+from pseudolabel.shards import list_shards, read_samples, write_shard
 from pseudolabel.teachers import parse_teacher, parse_teachers
 from pseudolabel.views.image import decode
 
@@ -215,3 +215,20 @@ def test_a_random_teacher_is_said_to_be_random(corpus: Path, tmp_path: Path) -> 
         warnings.simplefilter("ignore")
         one, two = (parse_teacher(spec).load(torch.device("cpu")).identity for _ in range(2))
     assert one == two
+
+
+def test_other_classes_than_the_corpus_names_are_pointed_out(corpus: Path, tmp_path: Path) -> None:
+    """It came out only when the labels, hours later, were to be trained on."""
+    (corpus / "classes.txt").write_text("a\nb\nc\n")
+    with pytest.warns(
+        UserWarning, match=r"teacher has 4 classes, the classes.txt beside the shards names 3: .*class-map"
+    ):
+        _annotate(corpus / "unlabeled", tmp_path / "store", make_model(tmp_path / "model"))
+
+
+def test_the_rejects_are_listed(cli: Cli, teacher_dir: Path) -> None:
+    write_shard(cli.cwd / "s.tar", [("good", {"png": image_bytes()}), ("bad", {"png": b"no image"})])
+    cli("annotate", "s.tar", "--teacher", f"checkpoint:{teacher_dir}", "--out", "store", "--max-reject-fraction", 1)
+    (reject,) = cli("inspect", "store", "--rejects")[0]["rejected"]
+    assert (reject["shard"], reject["key"], reject["stage"]) == ("s", "bad", "decode")
+    assert "rejected" not in cli("inspect", "store")[0]

@@ -30,7 +30,7 @@ from torchvision.transforms import v2
 from torchvision.transforms._presets import ImageClassification
 from torchvision.transforms.v2 import InterpolationMode
 
-from pseudolabel.decoding import DecodedBatch, ShardEnd, decode_shard, decode_shards
+from pseudolabel.decoding import DecodedBatch, Decoding, ShardEnd, decode_shard, decode_shards
 from pseudolabel.errors import DamagedShard
 from pseudolabel.shards import Shard, read_samples
 from pseudolabel.views.image import (
@@ -625,7 +625,7 @@ def test_nothing_in_a_shard_is_unpickled(make_shard: Callable[..., Path], tmp_pa
     shard = Shard("s", str(path))
     first, second = read_samples(shard)
     assert all(first.fields[name] == second.fields[name] == code for name in fields)
-    batch, end = decode_shard(shard, lambda image: (image,), 8)
+    batch, end = decode_shard(shard, Decoding(8, lambda image: (image,)))
     assert isinstance(batch, DecodedBatch)
     assert isinstance(end, ShardEnd)
     assert (batch.keys, batch.labels, end.samples) == (["a"], [2], 2)
@@ -653,7 +653,7 @@ def test_every_sample_is_in_a_batch_or_a_reject(make_shard: Callable[..., Path])
     ]
     shard = Shard("s", str(make_shard("s", samples)))
     prepare = square(256, 1).prepare
-    *batches, end = decode_shard(shard, lambda image: (prepare(image),), 5)
+    *batches, end = decode_shard(shard, Decoding(5, lambda image: (prepare(image),)))
     assert [len(batch.keys) + len(batch.rejects) for batch in batches if isinstance(batch, DecodedBatch)] == [5, 5, 2]
     assert isinstance(end, ShardEnd)
     assert end.samples == len(samples)
@@ -676,5 +676,5 @@ def test_a_damaged_shard_gives_its_error_and_the_next_goes_on(make_shard: Callab
     paths = [make_shard(name, [("k", {"png": LOSSLESS["grey PNG"][0]})]) for name in ("a", "b", "c")]
     paths[1].write_bytes(paths[1].read_bytes()[:600])
     shards = [Shard(path.stem, str(path)) for path in paths]
-    found = [(shard.name, type(one)) for shard, one in decode_shards(iter(shards), lambda image: (image,), 4)]
+    found = [(shard.name, type(one)) for shard, one in decode_shards(iter(shards), Decoding(4, lambda image: (image,)))]
     assert found == [("a", DecodedBatch), ("a", ShardEnd), ("b", DamagedShard), ("c", DecodedBatch), ("c", ShardEnd)]

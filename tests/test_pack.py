@@ -231,6 +231,16 @@ def test_csv_labels(
     assert result.samples.get("unlabeled", 0) == labels.count(None)
 
 
+def test_check_names_the_images_that_can_not_be_decoded(tmp_path: Path) -> None:
+    place(tmp_path / "photos", {"a/good.png": image(0), "a/torn.png": image(1)[:50], "b/text.jpg": b"no image"})
+    with pytest.raises(
+        SourceError, match=r"^2 of 3 images can't be decoded; remove.*\n  a/torn: .*\n  b/text: these 8"
+    ):
+        pack(tmp_path / "photos", tmp_path / "out", check=True)
+    assert not (tmp_path / "out").exists()
+    assert pack(tmp_path / "photos", tmp_path / "out").samples == {"labeled": 3}
+
+
 def test_csv_whose_labels_go_by_another_name_says_so(pictures: Path, tmp_path: Path) -> None:
     """They were packed as unlabeled without a word."""
     path = table(pictures / "t.csv", ("path", "kind"), ("pictures/a.png", "cat"), ("pictures/b.png", "dog"))
@@ -519,8 +529,8 @@ def test_the_seed_decides_the_split_and_the_order() -> None:
         ({"val_fraction": float("nan")}, "each must lie in"),
         ({"test_fraction": float("inf")}, "each must lie in"),
         ({"labels_per_class": -1}, "can't be below 0"),
-        ({"labels_per_class": 7}, "class 0 has 6 images after val and test, fewer than --labels-per-class 7"),
-        ({"labels_per_class": 6, "val_fraction": 0.5}, "class 0 has 3 images after val and test"),
+        ({"labels_per_class": 7}, "class a has 6 images after val and test, fewer than --labels-per-class 7"),
+        ({"labels_per_class": 6, "val_fraction": 0.5}, "class a has 3 images after val and test"),
         ({"samples_per_shard": 0}, "samples per shard is 0"),
         ({"samples_per_shard": -5}, "samples per shard is -5"),
         ({"name": "a/b"}, "can't begin a shard's name"),

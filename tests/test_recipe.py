@@ -63,7 +63,7 @@ def test_values_and_defaults(recipe_file: Path) -> None:
     assert recipe.data.unlabeled == ("unlabeled/a", "unlabeled/b-{00..03}.tar")
     assert recipe.data.test is None
     assert recipe.teacher.specs == ("checkpoint:one@0.7", "checkpoint:two")
-    assert recipe.annotate == AnnotateSettings(encoding="topk:3", batch_size=64)
+    assert recipe.annotate == AnnotateSettings(encoding="topk:3", batch_size=None)
     assert (recipe.train.steps, recipe.train.epochs, recipe.train.lr) == (20, None, 1e-3)
     assert (recipe.train.augment.crop, recipe.train.augment.flip, recipe.train.augment.erasing) == ("none", True, 0.25)
     assert (recipe.rounds.count, recipe.rounds.control) == (2, True)

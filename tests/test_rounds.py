@@ -84,7 +84,7 @@ def test_finished_stages_are_skipped_and_another_recipe_is_refused(recipe_file: 
     again = _run(load_recipe(recipe_file), tmp_path / "run")
     assert [row.test_accuracy for row in again.rounds] == [row.test_accuracy for row in first.rounds]
     assert stamps == {path: path.stat().st_mtime_ns for path in stamps}
-    with pytest.raises(OutputExists, match="another recipe"):
+    with pytest.raises(OutputExists, match=r"another recipe.*\n  train.lr: 0.002 there, 0.5 now\n"):
         _run(load_recipe(recipe_file, ["train.lr=0.5"]), tmp_path / "run")
 
 

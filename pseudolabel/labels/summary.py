@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,3 +58,9 @@ def summarize_store(store: Store) -> StoreSummary:
         teacher=identity.teacher,
         classes=identity.classes,
     )
+
+
+def list_rejects(store: Store) -> Iterator[dict[str, Any]]:
+    """The ledger: shard, index, key, stage, error and detail of every rejected sample. Raises `DamagedPart`."""
+    for name in store.part_names():
+        yield from store.read_rejects(name).to_pylist()
