@@ -7,6 +7,7 @@ against their images.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -143,6 +144,16 @@ def test_draws_are_these_numbers_for_good() -> None:
         assert drawn == dataclasses.replace(wanted, crop=tuple(float(np.float32(value)) for value in wanted.crop))
     assert parse_policy("color+erase").draw(12345) == COLOURS
     assert parse_policy("randaugment:3").draw(12345) == RANDOM
+
+
+def test_colours_are_drawn_as_the_format_says() -> None:
+    """FORMAT.md, step 6, in its own words."""
+    factors = []
+    for i in range(3):
+        data = i.to_bytes(4, "little") + b"photometric" + (12345).to_bytes(8, "little")
+        u = (int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") >> 11) / 2**53
+        factors.append(math.floor((0.6 + 0.8 * u) * 2**16))
+    assert [amount for _, amount in COLOURS[0]] == factors
 
 
 def test_a_draw_hangs_on_seed_key_and_number_and_on_nothing_else() -> None:
