@@ -217,6 +217,7 @@ def annotate(
     view_policy: Annotated[str | None, _annotate_option("view_policy")] = None,
     tta: Annotated[str | None, _annotate_option("tta")] = None,
     keep_members: Annotated[bool, _annotate_option("keep_members")] = False,
+    fast_jpeg: Annotated[bool, _annotate_option("fast_jpeg")] = False,
     batch_size: Annotated[
         str | None,
         typer.Option(metavar="N|auto", parser=_batch_size, help=_settings_help(AnnotateSettings, "batch_size")),
@@ -241,7 +242,7 @@ def annotate(
     from pseudolabel.teachers import parse_teachers
 
     given = {"view_seed": view_seed, "view_policy": view_policy, "tta": tta, "batch_size": batch_size}
-    given |= {"precision": precision, "keep_members": keep_members, "compile": compile_}
+    given |= {"precision": precision, "keep_members": keep_members, "fast_jpeg": fast_jpeg, "compile": compile_}
     given = {name: value for name, value in given.items() if value is not None}
     idle = [f"--{name.replace('_', '-')}" for name in ("view_seed", "view_policy") if name in given and views == 1]
     if idle:

@@ -64,13 +64,14 @@ class ShardEnd:
 
 @dataclass(frozen=True)
 class Decoding:
-    """How samples become a model's inputs: `samples` a batch, the clean view by `prepare`, the others by `augment`.
-    Pickles if these do.
+    """How samples become a model's inputs: `samples` a batch, the clean view by `prepare`, the others by `augment`;
+    `shrink_to` as in `decode`. Pickles if these do.
     """
 
     samples: int
     prepare: Prepare
     augment: Augment | None = None
+    shrink_to: int = 0
 
 
 def decode_shard(shard: Shard, decoding: Decoding) -> Iterator[DecodedBatch | ShardEnd]:
@@ -127,7 +128,7 @@ def _decode_one(opened: ShardFile, index: int, decoding: Decoding) -> Reject | t
         label = label_of(opened, index)
         stage = "decode"
         data = opened.read(index, image_field(opened.field_names(index)))
-        image_CHW = decode(data)
+        image_CHW = decode(data, decoding.shrink_to)
         rows = [(CLEAN, decoding.prepare(image_CHW))]
         return label, rows if decoding.augment is None else [*rows, *decoding.augment(opened.keys[index], image_CHW)]
     except ValueError as error:

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from pseudolabel.decode_processes import decode_in_processes, decoding_processes
-from pseudolabel.decoding import DecodedBatch, Decoding, ShardEnd, ahead, decode_shard, decode_shards
+from pseudolabel.decoding import DecodedBatch, Decoding, Prepare, ShardEnd, ahead, decode_shard, decode_shards
 from pseudolabel.errors import DamagedShard, SpecError
 from pseudolabel.forward import Forward, UnderWay, member_fields
 from pseudolabel.interfaces import LoadedTeacher, Teacher
@@ -74,7 +74,7 @@ def identify(teacher: LoadedTeacher, settings: AnnotateSettings) -> StoreIdentit
     encoding = parse_encoding(settings.encoding)
     encoding.check(len(teacher.classes))
     parse_policy(settings.view_policy)
-    if settings.views > 1:
+    if settings.views > 1 or settings.fast_jpeg:
         preprocessings(teacher.identity)
     made_by = dict(teacher.identity)
     if settings.keep_members:
@@ -82,7 +82,9 @@ def identify(teacher: LoadedTeacher, settings: AnnotateSettings) -> StoreIdentit
         made_by["members_kept"] = True
     if settings.compile:
         made_by["compiled"] = True
-    return StoreIdentity(made_by, teacher.classes, encoding.name, _view_plan(settings).to_json(), settings.precision)
+    return StoreIdentity(
+        made_by, teacher.classes, encoding.name, _view_plan(teacher, settings).to_json(), settings.precision
+    )
 
 
 def annotate_shard(
@@ -222,13 +224,14 @@ def _entries(
 
 def _decoding(teacher: LoadedTeacher, settings: AnnotateSettings) -> Decoding:
     """How the teacher wants its samples; it pickles if the teacher's identity says how."""
-    augment = None
+    plan, augment = _view_plan(teacher, settings), None
     if settings.views > 1:
-        augment = partial(_view_plan(settings).augmented, preprocessings=preprocessings(teacher.identity))
+        augment = partial(plan.augmented, preprocessings=preprocessings(teacher.identity))
     try:
-        return Decoding(settings.samples_per_batch, PrepareFor(preprocessings(teacher.identity)), augment)
+        prepare: Prepare = PrepareFor(preprocessings(teacher.identity))
     except SpecError:  # a teacher of one's own, which prepares images as it likes
-        return Decoding(settings.samples_per_batch, teacher.prepare, augment)
+        prepare = teacher.prepare
+    return Decoding(settings.samples_per_batch, prepare, augment, plan.shrink_to)
 
 
 def _builder(shard: Shard, teacher: LoadedTeacher, settings: AnnotateSettings, fingerprint: str) -> PartBuilder:
@@ -237,5 +240,7 @@ def _builder(shard: Shard, teacher: LoadedTeacher, settings: AnnotateSettings, f
     return PartBuilder(shard.name, encoding, len(teacher.classes), fingerprint, settings.views, extra)
 
 
-def _view_plan(settings: AnnotateSettings) -> ViewPlan:
-    return ViewPlan(settings.views, settings.view_seed, settings.view_policy, settings.crop_scale, settings.tta)
+def _view_plan(teacher: LoadedTeacher, settings: AnnotateSettings) -> ViewPlan:
+    shrink_to = max(one.resize for one in preprocessings(teacher.identity)) if settings.fast_jpeg else 0
+    how = (settings.view_seed, settings.view_policy, settings.crop_scale, settings.tta)
+    return ViewPlan(settings.views, *how, shrink_to)

@@ -53,7 +53,7 @@ class Replay:
                 f"this row is of view {view.number}, its store has views 0 to {self.plan.count - 1}; "
                 "replay it with the identity of its own store"
             )
-        image_CHW = decode(image) if isinstance(image, bytes) else image
+        image_CHW = decode(image, self.plan.shrink_to) if isinstance(image, bytes) else image
         return apply_view(image_CHW, view, self.preprocessing, self.plan.policy)
 
 

@@ -42,6 +42,7 @@ class AnnotateSettings(Settings):
         "auto", description="fp32, or autocast to bf16 or fp16; auto: bf16 where the device has it"
     )
     compile: bool = Field(False, description="compile the teacher with torch.compile, for batches of one shape")
+    fast_jpeg: bool = Field(False, description="decode large JPEGs at a fraction of their size; other pixels, cheaper")
     keep_members: bool = Field(False, description="keep the logits of an ensemble's members beside their mean")
     views: int = Field(1, ge=1, le=1024, description="views a sample: the clean one, the others augmented")
     view_seed: int = Field(0, ge=0, lt=1 << 63, description="decides crops, flips and colours of augmented views")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import image_bytes, make_model
+from PIL import Image
 
 from pseudolabel.annotate import annotate
 from pseudolabel.checkpoint import ModelCard, save_model
@@ -20,11 +23,12 @@ from pseudolabel.errors import DamagedShard, OutOfMemory, SpecError, StoreMismat
 from pseudolabel.labeling import annotate_shard, identify, settle
 from pseudolabel.labels.store import open_store
 from pseudolabel.labels.verify import verify
+from pseudolabel.replay import replay
 from pseudolabel.settings import AnnotateSettings
 from pseudolabel.shards import Shard, list_shards, write_shard
 from pseudolabel.stages import Stages, bottleneck
 from pseudolabel.teachers import parse_teacher, parse_teachers
-from pseudolabel.views.image import PrepareFor, square
+from pseudolabel.views.image import PrepareFor, Preprocessing, decode, square
 
 
 def test_decoding_processes_give_what_decoding_in_turns_gives(corpus: Path, tmp_path: Path) -> None:
@@ -160,3 +164,37 @@ def test_stages_add_up_and_name_the_largest() -> None:
     assert bottleneck(taken, gpu=False).startswith("bound by forward")
     assert "more cores" in bottleneck({**taken, "decode": 1.0}, gpu=True)
     assert bottleneck(dict.fromkeys(taken, 0.0), gpu=True) == "nothing was annotated, so nothing was slow"
+
+
+def _photo(size: tuple[int, int]) -> bytes:
+    """A JPEG as cameras make them: soft, with a little noise."""
+    dice = np.random.default_rng(0)
+    coarse = Image.fromarray(dice.integers(0, 256, (size[1] // 100, size[0] // 100, 3), dtype=np.uint8))
+    soft = np.asarray(coarse.resize(size, Image.Resampling.BICUBIC)) + dice.normal(0, 4, (size[1], size[0], 3))
+    buffer = io.BytesIO()
+    Image.fromarray(soft.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+def test_a_large_jpeg_may_be_decoded_smaller(teacher_dir: Path, tmp_path: Path) -> None:
+    """At a quarter, the prepared pixels are within two levels; small images and other formats stay as they are."""
+    large, small = _photo((1600, 1200)), _photo((800, 600))
+    assert decode(large, 150).shape == (3, 300, 400)
+    assert torch.equal(decode(large, 301), decode(large))
+    assert torch.equal(decode(small, 151), decode(small))
+    prepare = Preprocessing(150, 128, (0.5,) * 3, (0.5,) * 3).prepare
+    gap = (prepare(decode(large)).int() - prepare(decode(large, 150)).int()).abs().float()
+    assert 0 < gap.mean() < 2
+    write_shard(tmp_path / "photos.tar", [("large", {"jpg": large})])
+    settings = AnnotateSettings(fast_jpeg=True, views=2)
+    annotate(tmp_path / "photos.tar", f"checkpoint:{teacher_dir}", tmp_path / "store", settings=settings)
+    store = open_store(tmp_path / "store")
+    assert store.identity.views["shrink_to"] == 12
+    teacher = parse_teacher(f"checkpoint:{teacher_dir}").load(torch.device("cpu"))
+    for row in store.read("photos").to_pylist():
+        with torch.inference_mode():
+            logits = teacher.logits((replay(large, row, store.identity)[None],))[0]
+        assert (logits - logits.max()).tolist() == pytest.approx(row["logits"], abs=2e-3)
+    slow = AnnotateSettings(views=2)
+    with pytest.raises(StoreMismatch, match="shrink_to"):
+        annotate(tmp_path / "photos.tar", f"checkpoint:{teacher_dir}", tmp_path / "store", settings=slow)

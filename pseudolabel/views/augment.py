@@ -43,6 +43,7 @@ class ViewPlan:
     policy: str = "color"
     crop_scale: tuple[float, float] = (0.25, 1.0)
     tta: str = "none"
+    shrink_to: int = 0
 
     def draw(self, key: str, number: int, height: int, width: int) -> View:
         """View `number` of a sample whose image has this size."""
@@ -61,9 +62,11 @@ class ViewPlan:
 
     def to_json(self) -> dict[str, Any]:
         """What decides the views and nothing else; `{"count": 1}` for the clean view alone."""
-        averaged = {} if self.tta == "none" else {"tta": self.tta}
+        more: dict[str, Any] = {} if self.tta == "none" else {"tta": self.tta}
+        if self.shrink_to:
+            more["shrink_to"] = self.shrink_to
         if self.count == 1:
-            return {"count": 1, **averaged}
+            return {"count": 1, **more}
         return {
             "count": self.count,
             "law": LAW,
@@ -71,7 +74,7 @@ class ViewPlan:
             "policy": self.policy,
             "crop_scale": list(self.crop_scale),
             "versions": library_versions(),
-            **averaged,
+            **more,
         }
 
     @classmethod
@@ -80,13 +83,15 @@ class ViewPlan:
         know.
         """
         if data["count"] == 1:
-            return cls(tta=data.get("tta", "none"))
+            return cls(tta=data.get("tta", "none"), shrink_to=data.get("shrink_to", 0))
         if data.get("law") != LAW:
             raise StoreError(
                 f"the store's views follow law {data.get('law')}, this version knows {LAW}; use a matching pseudolabel"
             )
         low, high = data["crop_scale"]
-        return cls(data["count"], data["seed"], data["policy"], (low, high), data.get("tta", "none"))
+        return cls(
+            data["count"], data["seed"], data["policy"], (low, high), data.get("tta", "none"), data.get("shrink_to", 0)
+        )
 
 
 def apply_view(image_CHW: Tensor, view: View, preprocessing: Preprocessing, policy: str) -> Tensor:
