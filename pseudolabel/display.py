@@ -193,13 +193,11 @@ def print_encodings(plan: Plan, file: Any) -> None:
 
 def _size(count: float) -> str:
     """Bytes in units of a thousand."""
-    for unit in ("bytes", "kB", "MB", "GB", "TB"):
-        if count < 1000:
-            break
+    units = ["PB", "TB", "GB", "MB", "kB", "bytes"]
+    while count >= 1000 and len(units) > 1:
         count /= 1000
-    else:
-        unit = "PB"
-    return f"{count:,.0f} {unit}" if unit == "bytes" else f"{count:,.3g} {unit}"
+        units.pop()
+    return f"{count:,.0f} {units[-1]}" if units[-1] == "bytes" else f"{count:,.3g} {units[-1]}"
 
 
 def _duration(seconds: float) -> str:

@@ -22,9 +22,9 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def t_quantile(degrees: int) -> float:
-    """97.5 % quantile of Student's t: exact for 1 and 2 degrees, else Cornish–Fisher (Abramowitz & Stegun 26.7.5)."""
-    if degrees < 3:
-        return {1: 12.7062, 2: 4.30265}[degrees]
+    """97.5 % quantile of Student's t: exact up to 3 degrees, else Cornish–Fisher (Abramowitz & Stegun 26.7.5)."""
+    if degrees <= 3:
+        return {1: 12.7062, 2: 4.30265, 3: 3.18245}[degrees]
     z, n = _Z, float(degrees)
     first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
     third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384

@@ -98,6 +98,7 @@ def plan(
     probe_shards: int = 8,
     probe_samples: int = 4096,
     probe_seconds: float = 30.0,
+    label_seconds: float | None = None,
     exact: bool | None = None,
     seed: int = 0,
     max_reject_fraction: float = 0.1,
@@ -105,8 +106,8 @@ def plan(
 ) -> Plan:
     """What `annotate` would take with the same arguments. With `out`, the shards that have a part there are done.
 
-    Up to `probe_samples` from `probe_shards` shards are labeled, which ends after `probe_seconds` at the latest, and
-    the speed is then measured for as long again. `exact` forces or forbids counting all samples; by default a corpus
+    Up to `probe_samples` from `probe_shards` shards are labeled, for `label_seconds` (or `probe_seconds`) at the most,
+    then the speed is measured for `probe_seconds`. `exact` forces or forbids counting all samples; by default a corpus
     of up to a gigabyte is counted.
 
     Raises:
@@ -144,9 +145,11 @@ def plan(
         scratch = Path(directory)
         probe = Probe(teacher, engine, census.picks, len(todo), scratch, seed)
         say(f"labeling up to {probe_samples} samples of {len(census.picks)} shards")
-        labels = probe.label(dense, dense_identity, probe_samples, probe_seconds)
+        labels = probe.label(
+            dense, dense_identity, probe_samples, probe_seconds if label_seconds is None else label_seconds
+        )
         say(f"measuring the speed for {probe_seconds:g} s")
-        watch = probe.clock(settings, identity, labels.rate, probe_seconds)
+        watch = probe.clock(settings, identity, labels, probe_seconds)
         store_json = (scratch / "timed" / "store.json").stat().st_size if present is None else 0
         say("writing the labels in every encoding")
         rejects = forecast_rejects(labels.labeled, census.samples, census.whole_shards, scratch)

@@ -59,10 +59,13 @@ class Labeled:
 
 @dataclass(frozen=True)
 class Labels:
-    """The probe's labels, shard by shard; `rate` in samples a second, roughly; `whole` unless time cut it short."""
+    """The probe's labels, shard by shard; `rate` (samples a second) and `workers` are rough, as not all of them may
+    have had work. `whole` unless time cut it short.
+    """
 
     labeled: tuple[Labeled, ...]
     rate: float
+    workers: int
     whole: bool
 
 
@@ -96,28 +99,25 @@ class Probe:
         done = set(target.part_names())
         finished = [[piece for piece in run if f"{piece.shard.name}-0" in done] for run in runs]
         pairs = zip(self.picks, finished, strict=True)
-        return Labels(tuple(_gathered(pick, target, run) for pick, run in pairs if run), watch.rate, whole)
+        labeled = tuple(_gathered(pick, target, run) for pick, run in pairs if run)
+        return Labels(labeled, watch.rate, watch.workers, whole)
 
-    def clock(self, settings: AnnotateSettings, identity: StoreIdentity, rate: float, seconds: float) -> Stopwatch:
-        """Annotate for `seconds` with all workers busy. `rate` is a guess that decides how long the runs are: each
-        shard's turn comes about twice.
-        """
-        batches = math.ceil(max(rate * seconds / (2 * len(self.picks)), 1) / settings.batch_size)
+    def clock(self, settings: AnnotateSettings, identity: StoreIdentity, guess: Labels, seconds: float) -> Stopwatch:
+        """Annotate for `seconds` with all workers busy. By the rate guessed, each shard's turn comes about twice."""
+        batches = math.ceil(max(guess.rate * seconds / (2 * len(self.picks)), 1) / settings.batch_size)
         rows = batches * settings.batch_size
         shards = [
             pick.shard if pick.samples <= 1.5 * rows else self._cut(pick, [rows], "run")[0].shard for pick in self.picks
         ]
-        laps = 2 + int(4 * rate * seconds / sum(min(pick.samples, rows) for pick in self.picks))
+        laps = 2 + int(4 * guess.rate * seconds / sum(min(pick.samples, rows) for pick in self.picks))
         turned = [shards[number:] + shards[:number] for number in range(len(shards))]
-        loads = [
-            Load(tuple(turned[number % len(turned)]), laps, f"-{number}")
-            for number in range(min(self.items, _MOST_LOADS))
-        ]
+        count = min(self.items, _MOST_LOADS)
+        loads = [Load(tuple(turned[number % len(turned)]), laps, f"-{number}") for number in range(count)]
         work, watch = self._work(settings, store.create(self.scratch / "timed", identity)), Stopwatch()
         with closing(self.engine.map(work, loads)) as reports:
             for report in reports:
                 watch(report)
-                if watch.enough(seconds):
+                if watch.enough(seconds, min(guess.workers, count)):
                     break
         return watch
 
@@ -169,7 +169,7 @@ def _gathered(pick: Pick, target: Store, run: Sequence[Piece]) -> Labeled:
 
 
 def _moved(table: pa.Table, start: int) -> pa.Table:
-    """With positions in the shard that the piece was cut from."""
+    """With positions in the shard that the piece was cut from, and without what the file said of itself."""
     column = table.schema.get_field_index("index")
     moved = pc.add(table["index"], pa.scalar(start, pa.int32()))
-    return table.set_column(column, table.schema.field(column), moved)
+    return table.set_column(column, table.schema.field(column), moved).replace_schema_metadata(None)

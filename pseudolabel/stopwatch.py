@@ -17,6 +17,7 @@ from pseudolabel.labeling import AnnotateWork, Progress
 from pseudolabel.shards import Shard
 
 _BATCHES_A_WORKER = 3  # at the least, in a window that is long enough
+_LATECOMERS = 1.5
 
 
 @dataclass(frozen=True)
@@ -104,10 +105,13 @@ class Stopwatch:
     def since_first_label(self) -> float:
         return 0.0 if self._first is None else self._end[0] - self._first
 
-    def enough(self, seconds: float) -> bool:
-        """All workers have labeled side by side for so long, and some batches each."""
-        together = len(self._labeled) == self.workers and self._batches >= _BATCHES_A_WORKER * self.workers
-        return together and self._end[0] - self._start[0] >= seconds
+    def enough(self, seconds: float, workers: int) -> bool:
+        """All workers, so many at least, have labeled side by side for so long, and some batches each. One that is not
+        there yet is waited for half as long as the first one took to label.
+        """
+        together = len(self._labeled) == self.workers >= workers and self._end[0] >= _LATECOMERS * (self._first or 0.0)
+        busy = self._batches >= _BATCHES_A_WORKER * self.workers
+        return together and busy and self._end[0] - self._start[0] >= seconds
 
     @property
     def rate(self) -> float:
