@@ -113,7 +113,7 @@ def main() -> None:
             ("1,000 classes, 256 px", heavy, large, "dense"),
             ("1,000 classes, 256 px", heavy, large, "topk:20"),
         ]
-        for name, uri, shards, encoding in cases:
+        for name, uri, shards, encoding in cases[::3] if arguments.quick else cases:
             found = measure(uri, shards, encoding, arguments.device, quick=arguments.quick)
             report.rows.append({"corpus": name, "encoding": encoding, **found})
     report.print(as_json=arguments.json)

@@ -107,8 +107,8 @@ def plan(
     """What `annotate` would take with the same arguments. With `out`, the shards that have a part there are done.
 
     Up to `probe_samples` from `probe_shards` shards are labeled, for `label_seconds` (or `probe_seconds`) at the most,
-    then the speed is measured for `probe_seconds`. `exact` forces or forbids counting all samples; by default a corpus
-    of up to a gigabyte is counted.
+    as dense and, if another encoding is asked for, again in that; then the speed is measured for `probe_seconds`.
+    `exact` forces or forbids counting all samples; by default a corpus of up to a gigabyte is counted.
 
     Raises:
         StoreMismatch: the store at `out` is of another teacher or settings.
@@ -145,9 +145,9 @@ def plan(
         scratch = Path(directory)
         probe = Probe(teacher, engine, census.picks, len(todo), scratch, seed)
         say(f"labeling up to {probe_samples} samples of {len(census.picks)} shards")
-        labels = probe.label(
-            dense, dense_identity, probe_samples, probe_seconds if label_seconds is None else label_seconds
-        )
+        runs, most = probe.cut(probe_samples), probe_seconds if label_seconds is None else label_seconds
+        labels = probe.label(runs, dense, dense_identity, most)
+        own = labels if identity == dense_identity else probe.label(runs, settings, identity, most)
         say(f"measuring the speed for {probe_seconds:g} s")
         watch = probe.clock(settings, identity, labels, probe_seconds)
         store_json = (scratch / "timed" / "store.json").stat().st_size if present is None else 0
@@ -156,7 +156,7 @@ def plan(
         rows = census.samples * rejects.rows_a_sample
         rows_a_part = rows / census.whole_shards
         prices = [
-            price(labels.labeled, spec, rows_a_part, scratch)
+            price((own if spec == identity.encoding else labels).labeled, spec, rows_a_part, scratch)
             for spec in candidates(identity.num_classes, settings.encoding)
         ]
     beside = rejects.bytes + store_json
@@ -198,7 +198,7 @@ def plan(
         probe_shards=len(labels.labeled),
         probe_seconds=round(time.monotonic() - started, 3),
         fingerprint=identity.fingerprint,
-        notes=tuple(_notes(census, rejects, labels.whole, max_reject_fraction)),
+        notes=tuple(_notes(census, rejects, labels.whole and own.whole, max_reject_fraction)),
     )
 
 

@@ -6,7 +6,8 @@ of the probe's rows, whole and halved; the two sizes give the line
 
     bytes of a part = part_bytes + rows · row_bytes
 
-at the place where it matters. The probe keeps logits as float16; that is less than 1e-6 nats from the full ones.
+at the place where it matters. Rows in the encoding that was asked for are annotate's own. Those in others are made of
+logits that were kept as float16, less than 1e-6 nats from the full ones.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch import Tensor
 from pseudolabel.estimates import effective, wilson
 from pseudolabel.interfaces import Encoding
 from pseudolabel.labels import schema
-from pseudolabel.labels.encodings import Dense, divergence, fidelity, parse_encoding
+from pseudolabel.labels.encodings import divergence, fidelity, parse_encoding
 from pseudolabel.probe import Labeled
 
 KEPT = (5, 10, 20, 50, 100)
@@ -72,7 +73,7 @@ def candidates(num_classes: int, chosen: str) -> list[str]:
 
 
 def price(labeled: Sequence[Labeled], spec: str, rows_a_part: float, scratch: Path) -> Price:
-    """Encode the probe's rows and write parts of them, in `scratch`."""
+    """Encode rows that are dense, or in this encoding already, and write parts of them, in `scratch`."""
     encoding = parse_encoding(spec)
     tables, lost = zip(*(_encoded(one, encoding) for one in labeled), strict=True)
     weights = [one.weight if len(one.rows) else 0.0 for one in labeled]
@@ -131,9 +132,9 @@ def fit(rows: pa.Table, rows_a_part: float, metadata: Mapping[str, Any], scratch
 
 
 def _encoded(one: Labeled, encoding: Encoding) -> tuple[pa.Table, dict[str, float]]:
-    """The rows with `encoding`'s columns in place of the logits, and the mean KL by temperature."""
+    """Dense rows with `encoding`'s columns in place of the logits, and the mean KL by temperature."""
     num_classes = one.info.num_classes
-    if encoding == Dense():
+    if one.info.encoding == encoding.name:
         return one.rows, one.lost
     values = one.rows[_LOGITS].combine_chunks().flatten().to_numpy(zero_copy_only=False)
     logits_BC = torch.tensor(values).reshape(-1, num_classes).float()

@@ -1,8 +1,8 @@
 """Running annotate's own pipeline on a sample: once for what the labels look like, once for how fast it goes.
 
-`label` cuts a contiguous run out of every shard picked and annotates the runs into a temporary dense store. Runs are
-cut into pieces that double in size, and first pieces go first: a slow teacher that is stopped when its time is up has
-seen every shard. `clock` annotates runs of the same shards over and over, with the settings that were asked for and
+`cut` takes a contiguous run out of every shard picked, and `label` annotates the runs into a temporary store. Runs are
+in pieces that double in size, and first pieces go first: a slow teacher that is stopped when its time is up has seen
+every shard. `clock` annotates runs of the same shards over and over, with the settings that were asked for and
 through the same engine with as many workers as annotate would have, and stops when it has seen enough.
 """
 
@@ -42,7 +42,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Labeled:
-    """What the teacher made of a run of one shard: dense rows, rejects, and mean KL(full ‖ dense) by temperature."""
+    """What the teacher made of a run of one shard: rows, rejects, and mean KL(full ‖ stored) by temperature."""
 
     pick: Pick
     samples: int
@@ -80,15 +80,18 @@ class Probe:
     scratch: Path
     seed: int
 
-    def label(self, settings: AnnotateSettings, identity: StoreIdentity, samples: int, seconds: float) -> Labels:
-        """Annotate a run of each shard, `samples` in all, densely. Stops after `seconds` with what is done by then,
-        but not before every shard has been seen.
-        """
+    def cut(self, samples: int) -> list[list[Piece]]:
+        """A run of each shard, `samples` in all, in pieces."""
         each = math.ceil(samples / len(self.picks))
-        runs = [self._cut(pick, doubling(min(each, pick.samples)), "piece") for pick in self.picks]
+        return [self._cut(pick, doubling(min(each, pick.samples)), "piece") for pick in self.picks]
+
+    def label(
+        self, runs: Sequence[Sequence[Piece]], settings: AnnotateSettings, identity: StoreIdentity, seconds: float
+    ) -> Labels:
+        """Annotate the runs. Stops after `seconds` with what is done by then, but not before every shard was seen."""
         turns = range(max(map(len, runs)))
         loads = [Load((run[turn].shard,)) for turn in turns for run in runs if turn < len(run)]
-        target = store.create(self.scratch / "dense", identity)
+        target = store.create(self.scratch / f"labels-{identity.encoding}", identity)
         watch, whole = Stopwatch(), True
         with closing(self.engine.map(self._work(settings, target), loads)) as reports:
             for report in reports:

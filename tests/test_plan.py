@@ -105,6 +105,18 @@ def test_bytes_of_real_images_and_a_trained_teacher(tmp_path: Path) -> None:
         assert row.store_bytes == pytest.approx(actual, rel=0.1)
 
 
+@pytest.mark.filterwarnings("ignore:.*random")
+def test_bytes_of_a_teacher_whose_logits_are_all_but_equal(tmp_path: Path, make_shard: MakeShard) -> None:
+    """Random torchvision weights give such: float16 makes them equal, while top-k's order is of the full ones."""
+    make_shard("s", ((f"{index}", {"jpg": image_bytes(index, mode="RGB", kind="JPEG")}) for index in range(60)))
+    uri = "torchvision:mobilenet_v3_small"
+    settings, engine = AnnotateSettings(encoding="topk:20", batch_size=30), LocalEngine("cpu", 1)
+    found = plan(tmp_path / "shards", uri, engine=engine, settings=settings, probe_seconds=0, label_seconds=100)
+    annotate(tmp_path / "shards", uri, tmp_path / "store", engine=engine, settings=settings)
+    assert found.store_bytes == pytest.approx(_bytes_of(tmp_path / "store"), rel=0.1)
+    assert [row.encoding for row in found.encodings][-2:] == ["topk:100", "dense"]
+
+
 def test_bytes_of_many_short_shards(tmp_path: Path, make_shard: MakeShard, teacher_dir: Path) -> None:
     """Here the cost of a part as such is nearly all."""
     for number in range(40):
