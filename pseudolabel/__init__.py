@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from pseudolabel.labels.verify import verify as verify
     from pseudolabel.losses import kd_loss as kd_loss
     from pseudolabel.pack import pack as pack
+    from pseudolabel.plan import Plan as Plan
+    from pseudolabel.plan import plan as plan
     from pseudolabel.recipe import load_recipe as load_recipe
     from pseudolabel.replay import open_replay as open_replay
     from pseudolabel.replay import replay as replay
@@ -50,6 +52,8 @@ _HOME = {
     "verify": "labels.verify",
     "kd_loss": "losses",
     "pack": "pack",
+    "Plan": "plan",
+    "plan": "plan",
     "load_recipe": "recipe",
     "open_replay": "replay",
     "replay": "replay",

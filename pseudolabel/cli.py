@@ -20,7 +20,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pseudolabel.display import Display, print_confusion, print_pairs, print_rounds
+from pseudolabel.display import Display, print_confusion, print_pairs, print_plan, print_rounds
 from pseudolabel.errors import PseudolabelError, RecipeError
 from pseudolabel.settings import AnnotateSettings, AugmentSettings, TrainSettings
 
@@ -192,6 +192,62 @@ def pack(
         overwrite=overwrite,
     )
     print_pairs({**result.samples, "shards": result.shards, "classes": len(result.classes)}, _out(as_json))
+    return dataclasses.asdict(result)
+
+
+@_command
+def plan(
+    shards: Shards,
+    teacher: Annotated[list[str], typer.Option(help="teacher spec; several make an ensemble, weighted as in SPEC@0.7")],
+    out: Annotated[Path | None, typer.Option(help="a store to go on with: its shards are done")] = None,
+    encoding: Annotated[str, typer.Option(help="dense, or topk:K")] = "dense",
+    batch_size: Annotated[int, typer.Option(min=1, help="samples per forward pass")] = 64,
+    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16 (autocast)")] = "fp32",
+    device: Device = "auto",
+    workers: Annotated[int | None, typer.Option(min=1, help="processes; one per GPU or CPU core if not given")] = None,
+    part_of: Annotated[
+        str | None, typer.Option("--slice", metavar="I/N", help="only every N-th shard, from the I-th (from 0)")
+    ] = None,
+    max_reject_fraction: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="say so if annotate would reject more samples than this")
+    ] = 0.1,
+    probe_shards: Annotated[int, typer.Option(min=2, help="shards that are opened and probed")] = 8,
+    probe_samples: Annotated[int, typer.Option(min=1, help="samples that are labeled to see rejects and bytes")] = 4096,
+    probe_seconds: Annotated[
+        float, typer.Option(min=0.0, help="seconds for those, at most, and again for the speed")
+    ] = 30.0,
+    exact: Annotated[
+        bool | None, typer.Option("--exact/--estimate", help="count all samples [up to 1 GiB]", show_default=False)
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="decides which shards and samples are probed")] = 0,
+    as_json: Json = False,
+) -> Mapping[str, Any]:
+    """Tell the bill of annotate beforehand: hours, bytes, rejects, and what each encoding costs and loses."""
+    from pseudolabel.engines.local import LocalEngine, resolve_device
+    from pseudolabel.plan import plan
+    from pseudolabel.recipe import validate
+    from pseudolabel.shards import list_shards, slice_shards
+    from pseudolabel.teachers import parse_teachers
+
+    settings = validate(
+        AnnotateSettings, {"encoding": encoding, "batch_size": batch_size, "precision": precision}, "plan"
+    )
+    with Display() as display:
+        result = plan(
+            slice_shards(list_shards(shards), part_of),
+            parse_teachers(teacher),
+            engine=LocalEngine(resolve_device(device), workers),
+            settings=settings,
+            out=out,
+            probe_shards=probe_shards,
+            probe_samples=probe_samples,
+            probe_seconds=probe_seconds,
+            exact=exact,
+            seed=seed,
+            max_reject_fraction=max_reject_fraction,
+            on_stage=display.stage,
+        )
+    print_plan(result, _out(as_json))
     return dataclasses.asdict(result)
 
 

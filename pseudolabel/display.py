@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from pseudolabel.labeling import Progress as AnnotateProgress
     from pseudolabel.loop import TrainProgress
+    from pseudolabel.plan import Plan
     from pseudolabel.shards import Shard
 
 _FEW_STEPS = 100
@@ -168,3 +169,56 @@ def print_rounds(rows: Sequence[Mapping[str, Any]], file: Any) -> None:
         )
         table.add_row(row["name"], row["student"], f"{row['parameters']:,}", *accuracies, gain)
     Console(file=file, highlight=False, width=max(Console().width, 110)).print(table)
+
+
+def print_plan(plan: Plan, file: Any) -> None:
+    """The bill: what is to be done, how long it takes, how many bytes; then the encodings to choose from."""
+    low, high = plan.samples_interval
+    how = "counted" if plan.samples_exact else f"±{plan.samples_standard_error:,.0f}; 95 %: {low:,} to {high:,}"
+    least, most = plan.reject_interval
+    pairs = {"shards": f"{plan.shards:,}, {plan.shards_done:,} of them done ({plan.shards_indexed:,} opened)"}
+    if plan.shards > plan.shards_done:
+        pairs |= {
+            "samples": f"{plan.samples:,} ({how}) in {_size(plan.shard_bytes)}",
+            "rejects": f"{plan.rejects:,} ({plan.reject_fraction:.2%}; 95 %: {least:.2%} to {most:.2%})",
+            "time": f"{_duration(plan.seconds)} here: start-up {_duration(plan.startup_seconds)}, then "
+            f"{plan.samples_per_second:,.1f} samples/s",
+            "device-hours": f"{plan.device_hours:,.3g} ({plan.devices} × {plan.device}, {plan.workers} workers)",
+            "to write": f"{_size(plan.bytes_to_write)} ({plan.encoding})",
+        }
+    print_pairs({**pairs, "store": _size(plan.store_bytes)}, file)
+    if plan.encodings:
+        print_encodings(plan, file)
+    print(f"recommended: {plan.recommended or '–'}: {plan.reason}", file=file)
+    for line in (*plan.damaged[:5], *plan.notes):
+        print(f"note: {line}", file=file)
+
+
+def print_encodings(plan: Plan, file: Any) -> None:
+    """Bytes and loss of every encoding; the chosen one is marked."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, title="KL(full || stored), mean, in nats", title_justify="right")
+    for title in ("encoding", "", "bytes/row", "store", *(f"T={at}" for at in plan.encodings[0].kl)):
+        table.add_column(title, justify="left" if title in ("encoding", "") else "right")
+    for row in plan.encodings:
+        mark = "chosen" if row.chosen else ""
+        lost = (f"{value:.2g}" for value in row.kl.values())
+        table.add_row(row.encoding, mark, f"{row.bytes_per_row:,.1f}", _size(row.store_bytes), *lost)
+    Console(file=file, highlight=False, width=max(Console().width, 90)).print(table)
+
+
+def _size(count: float) -> str:
+    """Bytes in units of a thousand."""
+    units = ["PB", "TB", "GB", "MB", "kB", "bytes"]
+    while count >= 1000 and len(units) > 1:
+        count /= 1000
+        units.pop()
+    return f"{count:,.0f} {units[-1]}" if units[-1] == "bytes" else f"{count:,.3g} {units[-1]}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:,.1f} h"

@@ -13,7 +13,7 @@ MODULES = {
     for path in ROOT.rglob("*.py")
 }
 IMPLEMENTATIONS = {name for name in MODULES if name.startswith(("teachers.", "engines."))}
-VERBS = {"pack", "annotate", "train", "evaluate", "labels.verify", "labels.summary"}
+VERBS = {"pack", "plan", "annotate", "train", "evaluate", "labels.verify", "labels.summary"}
 OUTER = {"cli", "rounds", "demo", "display", "__main__"}
 
 

@@ -32,7 +32,7 @@ from pseudolabel.engines.local import LocalEngine
 from pseudolabel.shards import list_shards, read_samples, write_shard
 from pseudolabel.teachers import parse_teacher
 
-COMMANDS = {"pack", "annotate", "inspect", "verify", "train", "evaluate", "run", "report", "demo"}
+COMMANDS = {"pack", "plan", "annotate", "inspect", "verify", "train", "evaluate", "run", "report", "demo"}
 SMALL = ("--student", "small:resnet8?width=4", "--image-size", 12, "--channels", 1)
 HERE = ("--device", "cpu", "--threads", 1)
 FEW = (*SMALL, "--batch-size", 8, *HERE)
