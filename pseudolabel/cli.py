@@ -152,6 +152,49 @@ def _train_option(name: str, kind: type[AugmentSettings | TrainSettings] = Train
     return typer.Option(help=_settings_help(kind, name), show_default=False)
 
 
+Teachers = Annotated[
+    list[str],
+    typer.Option(
+        "--teacher",
+        help="teacher spec: torchvision:NAME, timm:NAME, hf:NAME, open_clip:ARCH/TAG, onnx:FILE, checkpoint:RUN or "
+        "python:MODULE:FUNCTION; several make an ensemble, weighted as in SPEC@0.7",
+    ),
+]
+ClassMap = Annotated[Path | None, typer.Option(help="TOML file of target classes, each made of some of the teacher's")]
+Encoding = Annotated[str | None, _annotate_option("encoding")]
+Views = Annotated[
+    int | None, typer.Option(min=1, max=1024, help=_settings_help(AnnotateSettings, "views"), show_default=False)
+]
+ViewSeed = Annotated[int | None, _annotate_option("view_seed")]
+ViewPolicy = Annotated[str | None, _annotate_option("view_policy")]
+Tta = Annotated[str | None, _annotate_option("tta")]
+FastJpeg = Annotated[bool, _annotate_option("fast_jpeg")]
+KeepMembers = Annotated[bool, _annotate_option("keep_members")]
+BatchSize = Annotated[
+    str | None,
+    typer.Option(metavar="N|auto", parser=_batch_size, help=_settings_help(AnnotateSettings, "batch_size")),
+]
+AnnotatePrecision = Annotated[str | None, _annotate_option("precision")]
+Compile = Annotated[bool, typer.Option("--compile", help=_settings_help(AnnotateSettings, "compile"))]
+AnnotateWorkers = Annotated[int | None, typer.Option(min=1, help="processes; one per GPU or CPU core if not given")]
+Slice = Annotated[
+    str | None, typer.Option("--slice", metavar="I/N", help="only every N-th shard, from the I-th (from 0)")
+]
+
+
+def _annotate_settings(flags: Mapping[str, Any]) -> AnnotateSettings:
+    """The settings among a command's flags. Raises `RecipeError`."""
+    from pseudolabel.recipe import validate
+
+    names = {**dict.fromkeys(AnnotateSettings.model_fields), "compile": "compile_"}
+    given = {name: flags.get(flag or name) for name, flag in names.items()}
+    given = {name: value for name, value in given.items() if value is not None}
+    idle = [f"--{name.replace('_', '-')}" for name in ("view_seed", "view_policy") if name in given]
+    if idle and given.get("views", 1) == 1:
+        print(f"note: with --views 1, {' and '.join(idle)} have no effect", file=sys.stderr)
+    return validate(AnnotateSettings, given, "annotate")
+
+
 @_command
 def pack(
     source: Annotated[
@@ -198,16 +241,21 @@ def pack(
 @_command
 def plan(
     shards: Shards,
-    teacher: Annotated[list[str], typer.Option(help="teacher spec; several make an ensemble, weighted as in SPEC@0.7")],
+    teacher: Teachers,
     out: Annotated[Path | None, typer.Option(help="a store to go on with: its shards are done")] = None,
-    encoding: Annotated[str, typer.Option(help="dense, or topk:K")] = "dense",
-    batch_size: Annotated[int, typer.Option(min=1, help="samples per forward pass")] = 64,
-    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16 (autocast)")] = "fp32",
+    class_map: ClassMap = None,
+    encoding: Encoding = None,
+    views: Views = None,
+    view_seed: ViewSeed = None,
+    view_policy: ViewPolicy = None,
+    tta: Tta = None,
+    fast_jpeg: FastJpeg = False,
+    batch_size: BatchSize = None,
+    precision: AnnotatePrecision = None,
+    compile_: Compile = False,
     device: Device = "auto",
-    workers: Annotated[int | None, typer.Option(min=1, help="processes; one per GPU or CPU core if not given")] = None,
-    part_of: Annotated[
-        str | None, typer.Option("--slice", metavar="I/N", help="only every N-th shard, from the I-th (from 0)")
-    ] = None,
+    workers: AnnotateWorkers = None,
+    part_of: Slice = None,
     max_reject_fraction: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="say so if annotate would reject more samples than this")
     ] = 0.1,
@@ -223,19 +271,16 @@ def plan(
     as_json: Json = False,
 ) -> Mapping[str, Any]:
     """Tell the bill of annotate beforehand: hours, bytes, rejects, and what each encoding costs and loses."""
+    settings = _annotate_settings(locals())
     from pseudolabel.engines.local import LocalEngine, resolve_device
     from pseudolabel.plan import plan
-    from pseudolabel.recipe import validate
     from pseudolabel.shards import list_shards, slice_shards
     from pseudolabel.teachers import parse_teachers
 
-    settings = validate(
-        AnnotateSettings, {"encoding": encoding, "batch_size": batch_size, "precision": precision}, "plan"
-    )
     with Display() as display:
         result = plan(
             slice_shards(list_shards(shards), part_of),
-            parse_teachers(teacher),
+            parse_teachers(teacher, class_map),
             engine=LocalEngine(resolve_device(device), workers),
             settings=settings,
             out=out,
@@ -254,56 +299,34 @@ def plan(
 @_command
 def annotate(
     shards: Shards,
-    teacher: Annotated[
-        list[str],
-        typer.Option(
-            help="teacher spec: torchvision:NAME, timm:NAME, hf:NAME, open_clip:ARCH/TAG, onnx:FILE, checkpoint:RUN or "
-            "python:MODULE:FUNCTION; several make an ensemble, weighted as in SPEC@0.7"
-        ),
-    ],
+    teacher: Teachers,
     out: Annotated[Path, typer.Option(help="the store: made, or gone on with")],
-    class_map: Annotated[
-        Path | None, typer.Option(help="TOML file of target classes, each made of some of the teacher's")
-    ] = None,
-    encoding: Annotated[str, typer.Option(help="dense, or topk:K")] = "dense",
-    views: Annotated[
-        int, typer.Option(min=1, max=1024, help="views a sample: the clean one, the others augmented")
-    ] = 1,
-    view_seed: Annotated[int | None, _annotate_option("view_seed")] = None,
-    view_policy: Annotated[str | None, _annotate_option("view_policy")] = None,
-    tta: Annotated[str | None, _annotate_option("tta")] = None,
-    keep_members: Annotated[bool, _annotate_option("keep_members")] = False,
-    fast_jpeg: Annotated[bool, _annotate_option("fast_jpeg")] = False,
-    batch_size: Annotated[
-        str | None,
-        typer.Option(metavar="N|auto", parser=_batch_size, help=_settings_help(AnnotateSettings, "batch_size")),
-    ] = None,
-    precision: Annotated[str | None, _annotate_option("precision")] = None,
-    compile_: Annotated[bool, typer.Option("--compile", help=_settings_help(AnnotateSettings, "compile"))] = False,
+    class_map: ClassMap = None,
+    encoding: Encoding = None,
+    views: Views = None,
+    view_seed: ViewSeed = None,
+    view_policy: ViewPolicy = None,
+    tta: Tta = None,
+    fast_jpeg: FastJpeg = False,
+    keep_members: KeepMembers = False,
+    batch_size: BatchSize = None,
+    precision: AnnotatePrecision = None,
+    compile_: Compile = False,
     device: Device = "auto",
-    workers: Annotated[int | None, typer.Option(min=1, help="processes; one per GPU or CPU core if not given")] = None,
-    part_of: Annotated[
-        str | None, typer.Option("--slice", metavar="I/N", help="only every N-th shard, from the I-th (from 0)")
-    ] = None,
+    workers: AnnotateWorkers = None,
+    part_of: Slice = None,
     max_reject_fraction: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="more rejected samples than this are an error")
     ] = 0.1,
     as_json: Json = False,
 ) -> Mapping[str, Any]:
     """Run a teacher over shards and keep its soft labels. Run it again to go on where it stopped."""
+    settings = _annotate_settings(locals())
     from pseudolabel.annotate import annotate
     from pseudolabel.engines.local import LocalEngine, resolve_device
-    from pseudolabel.recipe import validate
     from pseudolabel.shards import list_shards, slice_shards
     from pseudolabel.teachers import parse_teachers
 
-    given = {"view_seed": view_seed, "view_policy": view_policy, "tta": tta, "batch_size": batch_size}
-    given |= {"precision": precision, "keep_members": keep_members, "fast_jpeg": fast_jpeg, "compile": compile_}
-    given = {name: value for name, value in given.items() if value is not None}
-    idle = [f"--{name.replace('_', '-')}" for name in ("view_seed", "view_policy") if name in given and views == 1]
-    if idle:
-        print(f"note: with --views 1, {' and '.join(idle)} have no effect", file=sys.stderr)
-    settings = validate(AnnotateSettings, {"encoding": encoding, "views": views, **given}, "annotate")
     listed = slice_shards(list_shards(shards), part_of)
     engine = LocalEngine(resolve_device(device), workers)
     with Display() as display:

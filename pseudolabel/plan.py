@@ -26,7 +26,7 @@ from pseudolabel.engines import default_engine
 from pseudolabel.errors import StoreMismatch
 from pseudolabel.estimates import makespan
 from pseudolabel.interfaces import Engine, Teacher
-from pseudolabel.labeling import identify
+from pseudolabel.labeling import identify, settle
 from pseudolabel.labels.store import Store, StoreIdentity, open_store
 from pseudolabel.price import Price, RejectForecast, candidates, forecast_rejects, price
 from pseudolabel.probe import Probe
@@ -121,6 +121,7 @@ def plan(
     engine, settings = engine or default_engine(), settings or AnnotateSettings()
     say("loading the teacher")
     loaded = teacher.load(torch.device("cpu"))
+    settings = settle(settings, engine.devices()[0], loaded)
     identity, dense = identify(loaded, settings), settings.model_copy(update={"encoding": "dense"})
     dense_identity = identify(loaded, dense)
     del loaded

@@ -107,8 +107,8 @@ class Probe:
 
     def clock(self, settings: AnnotateSettings, identity: StoreIdentity, guess: Labels, seconds: float) -> Stopwatch:
         """Annotate for `seconds` with all workers busy. By the rate guessed, each shard's turn comes about twice."""
-        batches = math.ceil(max(guess.rate * seconds / (2 * len(self.picks)), 1) / settings.batch_size)
-        rows = batches * settings.batch_size
+        batches = math.ceil(max(guess.rate * seconds / (2 * len(self.picks)), 1) / settings.samples_per_batch)
+        rows = batches * settings.samples_per_batch
         shards = [
             pick.shard if pick.samples <= 1.5 * rows else self._cut(pick, [rows], "run")[0].shard for pick in self.picks
         ]
@@ -125,7 +125,9 @@ class Probe:
         return watch
 
     def _work(self, settings: AnnotateSettings, target: Store) -> TimedWork:
-        return TimedWork(AnnotateWork(self.teacher, settings, str(target.root), target.fingerprint))
+        return TimedWork(
+            AnnotateWork(self.teacher, settings, str(target.root), target.fingerprint, len(self.engine.devices()))
+        )
 
     def _cut(self, pick: Pick, lengths: Sequence[int], kind: str) -> list[Piece]:
         """Shards of so many samples each, side by side, from a position that the seed decides."""
