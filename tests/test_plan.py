@@ -418,7 +418,7 @@ def test_the_command_and_its_json(tmp_path: Path, corpus: Path, teacher_dir: Pat
         assert shown in err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "scratch", "teacher"]
     here = json.loads(json.dumps(asdict(_plan(corpus / "unlabeled", teacher_dir, "topk:3"))))
-    fixed = ("fingerprint", "samples", "samples_interval", "num_classes", "encoding", "shards", "shard_bytes", "damaged")
+    fixed = ("fingerprint", "samples", "samples_interval", "num_classes", "encoding", "shards", "shard_bytes")
     assert {name: here[name] for name in fixed} == {name: found[name] for name in fixed}  # no clock decides these
 
 
