@@ -32,6 +32,8 @@ bench: install
 	$(BIN)/python benchmarks/store.py
 	$(BIN)/python benchmarks/annotate.py
 	$(BIN)/python benchmarks/train.py
+	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/plan.py
 
 clean:
 	rm -rf $(VENV) demo build dist
