@@ -28,7 +28,7 @@ from pseudolabel.views.image import luma
 
 _ONE = 1 << 16  # factors are fixed-point numbers of 16 fractional bits
 _LEVELS = np.arange(256, dtype=np.int64)
-_JITTER, _STRONG = 0.4, 0.9  # factors of `color` lie in 1 ± 0.4, those of `randaugment` in 1 ± 0.9
+_JITTER, _STRONG = (0.6, 0.8), (0.1, 1.8)  # least factor and span: `color` lies in 1 ± 0.4, `randaugment` in 1 ± 0.9
 _ERASED_LEVEL = 128
 _MAX_OPERATIONS = 16
 
@@ -88,8 +88,8 @@ def parse_policy(spec: str) -> Policy:
     return Policy(found[1].partition(":")[0], count, bool(found[3]))
 
 
-def _factor(u: float, strength: float) -> int:
-    return math.floor((1 - strength + 2 * strength * u) * _ONE)
+def _factor(u: float, extent: tuple[float, float]) -> int:
+    return math.floor((extent[0] + extent[1] * u) * _ONE)
 
 
 def _draw_operation(uniform: Iterator[float]) -> Operation:
