@@ -1,9 +1,9 @@
 """Kill real work with SIGKILL, go on with it, compare with an undisturbed run. A program, since it forks:
 
-    python tests/killing.py annotate|train|run DIRECTORY
+    python tests/killing.py annotate|train|run commit_steps|random DIRECTORY
 
 The work runs in forked children, so that one import of torch serves a hundred kills. It is killed just before each
-step of the commit protocol (every fsync, rename, unlink and mkdir), then at 22 random moments. After each kill the
+step of the commit protocol (every fsync, rename, unlink and mkdir), or at 22 random moments. After each kill the
 same work runs again to its end, and what it leaves must equal the undisturbed result byte for byte.
 """
 
@@ -205,5 +205,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     scenario = {"annotate": annotate_corpus, "train": train_corpus, "run": run_corpus}[sys.argv[1]]
     directory = Path(sys.argv[3])
-    stride = 5 if sys.argv[1] == "run" else 1  # its stages' steps are those of the other two
+    stride = 10 if sys.argv[1] == "run" else 1  # its stages' steps are those of the other two
     print(json.dumps({"kills": prove(*scenario(directory), directory / "scratch", sys.argv[2], stride)}))
