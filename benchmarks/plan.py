@@ -105,8 +105,8 @@ def main() -> None:
         garments = [png for shard in list_shards(directory / "data" / "unlabeled") for png in made.garments(shard)]
         heavy = made.random_model(directory / "mobilenet", "torchvision:mobilenet_v3_small", made.IMAGENET)
         teacher = made.bundled_teacher(directory)
-        small = corpus(directory / "garments", garments, shards=5, rows=600 * scale, bad_every=50)
-        large = corpus(directory / "photos", made.photos(256), shards=5, rows=100 * scale, bad_every=0)
+        small = corpus(directory / "garments", garments, shards=12, rows=250 * scale, bad_every=50)
+        large = corpus(directory / "photos", made.photos(256), shards=12, rows=60 * scale, bad_every=0)
         cases = [
             ("10 classes, 28 px", teacher, small, "dense"),
             ("10 classes, 28 px", teacher, small, "topk:5"),

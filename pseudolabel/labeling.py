@@ -70,7 +70,10 @@ def settle(settings: AnnotateSettings, device: str, teacher: LoadedTeacher) -> A
 
 
 def identify(teacher: LoadedTeacher, settings: AnnotateSettings) -> StoreIdentity:
-    """What a store made by this teacher with these settings is. Raises `SpecError` if they don't fit it."""
+    """What a store made by this teacher with these settings, which leave nothing to the device, is. Raises `SpecError`
+    if they don't fit it.
+    """
+    assert settings.precision != "auto", "settle first"
     encoding = parse_encoding(settings.encoding)
     encoding.check(len(teacher.classes))
     parse_policy(settings.view_policy)

@@ -150,7 +150,7 @@ def plan(
         labels = probe.label(runs, dense, dense_identity, most)
         own = labels if identity == dense_identity else probe.label(runs, settings, identity, most)
         say(f"measuring the speed for {probe_seconds:g} s")
-        watch = probe.clock(settings, identity, labels, probe_seconds)
+        watch = probe.clock(runs[0][0], settings, identity, own, probe_seconds)
         store_json = (scratch / "timed" / "store.json").stat().st_size if present is None else 0
         say("writing the labels in every encoding")
         rejects = forecast_rejects(labels.labeled, census.samples, census.whole_shards, scratch)

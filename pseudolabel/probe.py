@@ -105,8 +105,10 @@ class Probe:
         labeled = tuple(_gathered(pick, target, run) for pick, run in pairs if run)
         return Labels(labeled, watch.rate, watch.workers, whole)
 
-    def clock(self, settings: AnnotateSettings, identity: StoreIdentity, guess: Labels, seconds: float) -> Stopwatch:
-        """Annotate for `seconds` with all workers busy. By the rate guessed, each shard's turn comes about twice."""
+    def clock(
+        self, lead: Piece, settings: AnnotateSettings, identity: StoreIdentity, guess: Labels, seconds: float
+    ) -> Stopwatch:
+        """Annotate for `seconds` with all workers busy and warm. By the rate guessed, a shard's turn comes twice."""
         batches = math.ceil(max(guess.rate * seconds / (2 * len(self.picks)), 1) / settings.samples_per_batch)
         rows = batches * settings.samples_per_batch
         shards = [
@@ -115,7 +117,7 @@ class Probe:
         laps = 2 + int(4 * guess.rate * seconds / sum(min(pick.samples, rows) for pick in self.picks))
         turned = [shards[number:] + shards[:number] for number in range(len(shards))]
         count = min(self.items, _MOST_LOADS)
-        loads = [Load(tuple(turned[number % len(turned)]), laps, f"-{number}") for number in range(count)]
+        loads = [Load(tuple(turned[number % len(turned)]), laps, f"-{number}", lead.shard) for number in range(count)]
         work, watch = self._work(settings, store.create(self.scratch / "timed", identity)), Stopwatch()
         with closing(self.engine.map(work, loads)) as reports:
             for report in reports:

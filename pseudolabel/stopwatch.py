@@ -1,7 +1,8 @@
 """Annotate's work, with who does it and when: what a rate is taken from.
 
-The rate is taken while all workers label. What passed before counts as start-up, less the labels made meanwhile; so
-start-up + samples ÷ rate is when a run ends that keeps all workers busy.
+The rate is taken from when all workers have written a part: imports, a model's first batch and the first part cost
+seconds, once. What passed before counts as start-up, less the labels made meanwhile; so start-up + samples ÷ rate is
+when a run ends that keeps all workers busy.
 """
 
 from __future__ import annotations
@@ -22,14 +23,19 @@ _LATECOMERS = 1.5
 
 @dataclass(frozen=True)
 class Load:
-    """What an engine hands to a worker: shards, gone through several times, under new names each time."""
+    """What an engine hands to a worker: shards, gone through several times, under new names each time. A short shard
+    may lead, twice: work tells that a part is written when the next one is ready.
+    """
 
     shards: tuple[Shard, ...]
     laps: int = 1
     tag: str = ""
+    lead: Shard | None = None
 
     def __iter__(self) -> Iterator[Shard]:
-        return (Shard(f"{one.name}{self.tag}-{lap}", one.path) for lap in range(self.laps) for one in self.shards)
+        if self.lead is not None:
+            yield from (Shard(f"lead{self.tag}-{lap}", self.lead.path) for lap in range(2))
+        yield from (Shard(f"{one.name}{self.tag}-{lap}", one.path) for lap in range(self.laps) for one in self.shards)
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,7 @@ class Stopwatch:
     def __init__(self) -> None:
         self._called = time.monotonic()
         self._device_of: dict[str, str] = {}
-        self._labeled: set[str] = set()
+        self._warm: set[str] = set()
         self._samples = self._batches = 0
         self._first: float | None = None
         self._start = self._end = (0.0, 0)  # seconds since the call, samples labeled by then
@@ -78,9 +84,9 @@ class Stopwatch:
             self._samples += report.progress.samples
             self._batches += 1
             self._end = (now, self._samples)
-            if report.worker not in self._labeled:
-                self._labeled.add(report.worker)
-                self._start, self._batches = self._end, 0
+        if report.progress.finished is not None and report.worker not in self._warm:
+            self._warm.add(report.worker)
+            self._start, self._batches = (now, self._samples), 0
 
     @property
     def workers(self) -> int:
@@ -106,10 +112,10 @@ class Stopwatch:
         return 0.0 if self._first is None else self._end[0] - self._first
 
     def enough(self, seconds: float, workers: int) -> bool:
-        """All workers, so many at least, have labeled side by side for so long, and some batches each. One that is not
-        there yet is waited for half as long as the first one took to label.
+        """All workers, so many at least, have been at work together for so long, and for some batches each. One that is
+        not there yet is waited for half as long as the first one took to label.
         """
-        together = len(self._labeled) == self.workers >= workers and self._end[0] >= _LATECOMERS * (self._first or 0.0)
+        together = len(self._warm) == self.workers >= workers and self._end[0] >= _LATECOMERS * (self._first or 0.0)
         busy = self._batches >= _BATCHES_A_WORKER * self.workers
         return together and busy and self._end[0] - self._start[0] >= seconds
 

@@ -27,7 +27,9 @@ MakeShard = Callable[..., Path]
 
 
 def _annotate(shards: Path, out: Path, teacher: Path | str, *, workers: int = 1, **options: object) -> AnnotateResult:
-    settings = AnnotateSettings(**{name: options.pop(name) for name in ("encoding", "batch_size") if name in options})  # type: ignore[arg-type]
+    settings = AnnotateSettings(
+        precision="fp32", **{name: options.pop(name) for name in ("encoding", "batch_size") if name in options}
+    )  # type: ignore[arg-type]
     uri = teacher if isinstance(teacher, str) else f"checkpoint:{teacher}"
     return annotate(
         list_shards(shards),

@@ -186,7 +186,7 @@ def test_a_large_jpeg_may_be_decoded_smaller(teacher_dir: Path, tmp_path: Path) 
     gap = (prepare(decode(large)).int() - prepare(decode(large, 150)).int()).abs().float()
     assert 0 < gap.mean() < 2
     write_shard(tmp_path / "photos.tar", [("large", {"jpg": large})])
-    settings = AnnotateSettings(fast_jpeg=True, views=2)
+    settings = AnnotateSettings(fast_jpeg=True, views=2, precision="fp32")
     annotate(tmp_path / "photos.tar", f"checkpoint:{teacher_dir}", tmp_path / "store", settings=settings)
     store = open_store(tmp_path / "store")
     assert store.identity.views["shrink_to"] == 12
@@ -195,6 +195,6 @@ def test_a_large_jpeg_may_be_decoded_smaller(teacher_dir: Path, tmp_path: Path) 
         with torch.inference_mode():
             logits = teacher.logits((replay(large, row, store.identity)[None],))[0]
         assert (logits - logits.max()).tolist() == pytest.approx(row["logits"], abs=2e-3)
-    slow = AnnotateSettings(views=2)
+    slow = AnnotateSettings(views=2, precision="fp32")
     with pytest.raises(StoreMismatch, match="shrink_to"):
         annotate(tmp_path / "photos.tar", f"checkpoint:{teacher_dir}", tmp_path / "store", settings=slow)

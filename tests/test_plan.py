@@ -43,12 +43,12 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def _plan(shards: Path, teacher: Path, encoding: str = "dense", **options: Any) -> Plan:
     options = {"engine": LocalEngine("cpu", 1), "probe_seconds": 0.0, "label_seconds": 100.0, **options}
-    settings = AnnotateSettings(encoding=encoding, batch_size=32)
+    settings = AnnotateSettings(precision="fp32", encoding=encoding, batch_size=32)
     return plan(shards, f"checkpoint:{teacher}", settings=settings, **options)
 
 
 def _annotated_bytes(shards: Path, teacher: Path, out: Path, encoding: str = "dense") -> int:
-    settings = AnnotateSettings(encoding=encoding, batch_size=32)
+    settings = AnnotateSettings(precision="fp32", encoding=encoding, batch_size=32)
     annotate(
         shards,
         f"checkpoint:{teacher}",
@@ -110,7 +110,7 @@ def test_bytes_of_a_teacher_whose_logits_are_all_but_equal(tmp_path: Path, make_
     """Random torchvision weights give such: float16 makes them equal, while top-k's order is of the full ones."""
     make_shard("s", ((f"{index}", {"jpg": image_bytes(index, mode="RGB", kind="JPEG")}) for index in range(60)))
     uri = "torchvision:mobilenet_v3_small"
-    settings, engine = AnnotateSettings(encoding="topk:20", batch_size=30), LocalEngine("cpu", 1)
+    settings, engine = AnnotateSettings(precision="fp32", encoding="topk:20", batch_size=30), LocalEngine("cpu", 1)
     found = plan(tmp_path / "shards", uri, engine=engine, settings=settings, probe_seconds=0, label_seconds=100)
     annotate(tmp_path / "shards", uri, tmp_path / "store", engine=engine, settings=settings)
     assert found.store_bytes == pytest.approx(_bytes_of(tmp_path / "store"), rel=0.1)

@@ -35,7 +35,7 @@ def filled(tmp_path: Path) -> tuple[Store, list[Shard]]:
 
 def _fill(root: Path, encoding: str) -> tuple[Store, list[Shard]]:
     teacher = parse_teacher(f"checkpoint:{make_model(root / 'model', classes=7)}").load(torch.device("cpu"))
-    settings = AnnotateSettings(encoding=encoding, batch_size=4)
+    settings = AnnotateSettings(precision="fp32", encoding=encoding, batch_size=4)
     opened = store.create(root / "store", identify(teacher, settings))
     shards = []
     for name in ("a", "b"):

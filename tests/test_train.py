@@ -40,7 +40,7 @@ def store(corpus: Path, tmp_path: Path) -> Store:
 
 def _annotated(corpus: Path, out: Path, model: Path, encoding: str = "dense") -> Store:
     teacher = parse_teacher(f"checkpoint:{model}")
-    settings = AnnotateSettings(encoding=encoding)
+    settings = AnnotateSettings(precision="fp32", encoding=encoding)
     annotate(list_shards(corpus / "unlabeled"), teacher, out, engine=LocalEngine("cpu", 1), settings=settings)
     return open_store(out)
 

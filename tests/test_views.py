@@ -51,7 +51,7 @@ from pseudolabel.views.photometric import parse_policy
 CPU = torch.device("cpu")
 SCALE = (0.25, 1.0)
 SIZES = [(1, 1), (1, 5000), (5000, 3), (23, 37), (28, 28)]
-THREE = AnnotateSettings(views=3, view_seed=7, view_policy="randaugment:2+erase", batch_size=7)
+THREE = AnnotateSettings(precision="fp32", views=3, view_seed=7, view_policy="randaugment:2+erase", batch_size=7)
 
 # A real model whose logits are a fixed random projection of all pixels: other pixels, other logits.
 PROJECTION = """
@@ -427,7 +427,7 @@ def test_cached_outputs_are_not_flipped_against_their_images(tmp_path: Path, pro
     samples = [(str(index), {"png": path.read_bytes()}) for index in range(40)]
     write_shard(tmp_path / "shards" / "s.tar", samples)
     spec = f"{projection}?channels=1&size=16"
-    settings = AnnotateSettings(views=2, view_policy="none", crop_scale=(1.0, 1.0))
+    settings = AnnotateSettings(precision="fp32", views=2, view_policy="none", crop_scale=(1.0, 1.0))
     store = label(list_shards(tmp_path / "shards"), tmp_path / "store", spec, settings)
     teacher = parse_teacher(spec).load(CPU)
     resized = resize(decode(path.read_bytes()), 16, 16, "bilinear")
@@ -481,7 +481,7 @@ def test_forward_passes_hold_no_more_rows_than_the_batch_size(
 ) -> None:
     """A sample's views stay together, even where they are more than the batch size."""
     for batch_size, views, wanted in ((7, 3, 6), (64, 3, 36), (2, 3, 3), (4, 1, 4)):
-        settings = AnnotateSettings(views=views, batch_size=batch_size)
+        settings = AnnotateSettings(precision="fp32", views=views, batch_size=batch_size)
         teacher = parse_teacher(projection).load(CPU)
         seen: list[int] = []
 
@@ -516,7 +516,7 @@ def test_a_sample_with_one_bad_view_is_rejected_whole(tmp_path: Path, monkeypatc
     gray.save(tmp_path / "gray.png")
     data = (tmp_path / "gray.png").read_bytes()
     write_shard(tmp_path / "shards" / "s.tar", [(str(index), {"png": data}) for index in range(30)])
-    settings = AnnotateSettings(views=3, view_policy="color", batch_size=12)
+    settings = AnnotateSettings(precision="fp32", views=3, view_policy="color", batch_size=12)
     store = label(list_shards(tmp_path / "shards"), tmp_path / "store", "python:picky_teacher:make", settings)
     bright = set()
     for index in range(30):
@@ -534,7 +534,7 @@ def test_a_sample_with_one_bad_view_is_rejected_whole(tmp_path: Path, monkeypatc
 def test_members_of_an_ensemble_see_one_view(shards: list[Shard], projection: str, tmp_path: Path) -> None:
     specs = [f"{projection}?channels=3", f"{projection}?channels=1&size=6"]
     teacher = parse_teachers(specs)
-    settings = AnnotateSettings(views=2, view_policy="color")
+    settings = AnnotateSettings(precision="fp32", views=2, view_policy="color")
     annotate(shards, teacher, tmp_path / "store", engine=LocalEngine("cpu", 1), settings=settings)
     store = open_store(tmp_path / "store")
     inputs = preprocessings(store.identity.teacher)
@@ -553,7 +553,7 @@ def test_members_of_an_ensemble_see_one_view(shards: list[Shard], projection: st
 def test_fidelity_is_over_all_rows(shards: list[Shard], projection: str, tmp_path: Path) -> None:
     settings = THREE.model_copy(update={"encoding": "topk:2"})
     store = label(shards, tmp_path / "store", projection, settings)
-    clean = label(shards, tmp_path / "clean", projection, AnnotateSettings(encoding="topk:2"))
+    clean = label(shards, tmp_path / "clean", projection, AnnotateSettings(precision="fp32", encoding="topk:2"))
     assert store.info("a").fidelity != clean.info("a").fidelity
     assert store.read_view("a", ["pred", "topk_id"]).equals(clean.read("a", ["pred", "topk_id"]))
 
@@ -566,7 +566,7 @@ def test_flip_averages_the_image_and_its_mirror_image(
     shards: list[Shard], projection: str, tmp_path: Path, views: int
 ) -> None:
     """By hand: the mean of log-probabilities; the augmented views stay what they are."""
-    settings = AnnotateSettings(views=views, tta="flip", batch_size=5)
+    settings = AnnotateSettings(precision="fp32", views=views, tta="flip", batch_size=5)
     plain = label(shards, tmp_path / "plain", projection, settings.model_copy(update={"tta": "none"}))
     store = label(shards, tmp_path / "store", projection, settings)
     teacher = parse_teacher(projection).load(CPU)
@@ -588,11 +588,11 @@ def test_flip_averages_the_image_and_its_mirror_image(
 
 def test_stores_of_the_clean_view_keep_their_fingerprint(tmp_path: Path) -> None:
     teacher = parse_teacher(f"checkpoint:{make_model(tmp_path / 'm')}").load(CPU)
-    plain = identify(teacher, AnnotateSettings())
+    plain = identify(teacher, AnnotateSettings(precision="fp32"))
     assert plain.views == {"count": 1}
-    idle = AnnotateSettings(view_seed=5, view_policy="none", crop_scale=(0.5, 1.0))
+    idle = AnnotateSettings(precision="fp32", view_seed=5, view_policy="none", crop_scale=(0.5, 1.0))
     assert identify(teacher, idle).fingerprint == plain.fingerprint
-    assert identify(teacher, AnnotateSettings(tta="flip")).views == {"count": 1, "tta": "flip"}
+    assert identify(teacher, AnnotateSettings(precision="fp32", tta="flip")).views == {"count": 1, "tta": "flip"}
 
 
 def test_all_that_decides_the_views_is_in_the_identity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -605,15 +605,18 @@ def test_all_that_decides_the_views_is_in_the_identity(tmp_path: Path, monkeypat
         {"crop_scale": (0.3, 1.0)},
         {"tta": "flip"},
     ]
-    fingerprints = {identify(teacher, AnnotateSettings(**{"views": 3, **change})).fingerprint for change in changes}
-    identity = identify(teacher, AnnotateSettings(views=3))
+    fingerprints = {
+        identify(teacher, AnnotateSettings(precision="fp32", **{"views": 3, **change})).fingerprint
+        for change in changes
+    }
+    identity = identify(teacher, AnnotateSettings(precision="fp32", views=3))
     versions = identity.views["versions"]
     assert versions == library_versions()
     assert set(versions) == {"numpy", "pillow", "torch", "torchvision"}
     assert all(version.replace(".", "").isdecimal() and version.count(".") == 2 for version in versions.values())
     monkeypatch.setattr(torch, "__version__", "1.2.3+cpu")
     assert library_versions()["torch"] == "1.2.3"
-    fingerprints.add(identify(teacher, AnnotateSettings(views=3)).fingerprint)
+    fingerprints.add(identify(teacher, AnnotateSettings(precision="fp32", views=3)).fingerprint)
     assert len(fingerprints) == len(changes) + 1
 
 
@@ -706,7 +709,7 @@ def test_training_evaluation_and_inspection_know_views(corpus: Path, teacher_dir
     results = []
     for name, views in (("one", 1), ("three", 3)):
         # batches that split samples alike, as a batch's size may show in the last bit
-        annotated = AnnotateSettings(views=views, batch_size=8 * views, encoding="topk:2")
+        annotated = AnnotateSettings(precision="fp32", views=views, batch_size=8 * views, encoding="topk:2")
         store = label([*sets["unlabeled"], *sets["val"]], tmp_path / name, spec, annotated)
         summary = summarize_store(store)
         assert (summary.rows, summary.views) == (96 * views, views)
