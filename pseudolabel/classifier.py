@@ -34,6 +34,8 @@ class Classifier:
     def logits(self, inputs: tuple[Tensor, ...]) -> Tensor:
         pixels_BCHW = inputs[0].to(self.device, non_blocking=True)
         logits_BC: Tensor = self.model(pixels_BCHW)
+        if not isinstance(logits_BC, Tensor):
+            raise SpecError(f"the model must give a tensor of logits, it gave {type(logits_BC).__name__}")
         return logits_BC.float()
 
 

@@ -108,6 +108,15 @@ def _command(function: Callable[..., Mapping[str, Any] | None]) -> Callable[...,
             else:
                 print(f"error: {error}", file=sys.stderr)
             raise typer.Exit(1) from None
+        except (SystemExit, OSError, MemoryError) as error:  # a user's code, or the machine
+            if isinstance(error, BrokenPipeError):
+                raise
+            message = _outside(error)
+            if as_json:
+                _print_error(type(error).__name__, message)
+            else:
+                print(f"error: {message}", file=sys.stderr)
+            raise typer.Exit(1) from None
         except Exception as error:  # not ours: the traceback is wanted, and with --json an object all the same
             if as_json:
                 _print_error(type(error).__name__, str(error))
@@ -126,6 +135,17 @@ def _command(function: Callable[..., Mapping[str, Any] | None]) -> Callable[...,
 
     app.command(function.__name__.rstrip("_"))(wrapped)
     return wrapped
+
+
+def _outside(error: BaseException) -> str:
+    """One line for what neither we nor our input did wrong in a way of its own."""
+    if isinstance(error, SystemExit):
+        return f"code that was called ended the program (SystemExit {error.code}); a teacher or student must not"
+    if isinstance(error, MemoryError):
+        return "out of memory; use smaller batches, fewer classes or fewer --workers"
+    assert isinstance(error, OSError)
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror or error}; check the path, its permissions and the disk"
 
 
 def _out(as_json: bool) -> Any:

@@ -61,6 +61,7 @@ class _OpenShard:
 
     def __init__(self, source: TrainingShard, store: Store | None, *, labeled: bool, num_classes: int) -> None:
         self.file = ShardFile(source.shard)
+        source.check_same(self.file)
         self.positions: Sequence[int] = range(len(self.file))
         self.columns: dict[str, Tensor] = {}
         if source.part is not None:

@@ -23,11 +23,14 @@ def call_entry_point(spec: Spec, **more: Any) -> nn.Module:
     try:
         function = getattr(importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError) as error:
-        raise SpecError(f"{spec}: can't import it: {error}; run where the module lies, or install it") from error
+        why = (str(error) or type(error).__name__).splitlines()[0]
+        raise SpecError(f"{spec}: can't import it: {why}; run where the module lies, or install it") from error
+    except (SystemExit, SyntaxError) as error:
+        raise SpecError(f"{spec}: importing it ends with {error!r}; a script needs `if __name__ == ...`") from error
     try:
         body = function(**dict(spec.args), **more)
-    except TypeError as error:
-        raise SpecError(f"{spec}: {error}") from error
+    except (TypeError, SystemExit) as error:
+        raise SpecError(f"{spec}: {error!r}" if isinstance(error, SystemExit) else f"{spec}: {error}") from error
     if not isinstance(body, nn.Module):
         raise SpecError(f"{spec}: must return an nn.Module, it returned {type(body).__name__}")
     return body

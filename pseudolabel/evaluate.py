@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pseudolabel.checkpoint import load_model
 from pseudolabel.errors import StoreMismatch
-from pseudolabel.inputs import check_annotated, check_labeled
+from pseudolabel.inputs import check_annotated, check_labeled, check_names
 from pseudolabel.labels.store import Store, open_store
 from pseudolabel.shards import Shard, ShardsLike, as_shards
 from pseudolabel.validate import labeled_batches
@@ -66,6 +66,7 @@ def evaluate(
             f"{store.root}: its labels have {store.identity.num_classes} classes, the model has {num_classes}; "
             "use a store of the same classes"
         )
+    check_names(shards, classifier.classes)
     check_labeled(shards, num_classes)
     calibration = MulticlassCalibrationError(num_classes, n_bins=ECE_BINS, norm="l1", validate_args=False)
     confusion = MulticlassConfusionMatrix(num_classes, validate_args=False)

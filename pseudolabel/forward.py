@@ -135,7 +135,14 @@ class Forward:
             if missing > 0:
                 inputs = tuple(F.pad(one, (0, 0) * (one.ndim - 1) + (0, missing)) for one in inputs)
         with autocast(self._settings.precision, self._device):
-            return tuple(one[:rows] for one in self._outputs(inputs))
+            outputs = self._outputs(inputs)
+        wanted = (len(inputs[0]), len(self._teacher.classes))
+        for one in outputs:
+            if tuple(one.shape) != wanted:
+                raise SpecError(
+                    f"the teacher must give logits of shape {wanted} for {wanted[0]} images, it gave {tuple(one.shape)}"
+                )
+        return tuple(one[:rows] for one in outputs)
 
 
 def encoded(encoding: Encoding, logits_BC: Tensor) -> Columns:

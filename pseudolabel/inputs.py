@@ -18,6 +18,8 @@ from pseudolabel.labels.schema import PartInfo
 from pseudolabel.labels.store import Store
 from pseudolabel.shards import Shard, ShardFile
 
+MAX_CLASSES = 1 << 20
+
 
 @dataclass(frozen=True)
 class TrainingShard:
@@ -27,6 +29,15 @@ class TrainingShard:
     sha256: str
     rows: int
     part: PartInfo | None = None
+    version: tuple[int, ...] = ()
+
+    def check_same(self, opened: ShardFile) -> None:
+        """Raise `StoreMismatch` if the file that is opened now isn't the one that was checked."""
+        if opened.version != self.version and opened.sha256() != self.sha256:
+            raise StoreMismatch(
+                f"{self.shard.path}: was replaced since this training began\nput the old shard back and run it again: "
+                "it goes on from its last checkpoint"
+            )
 
 
 @dataclass(frozen=True)
@@ -72,6 +83,8 @@ def gather(
     bound = len(classes) if classes is not None else num_classes
     checked, largest = check_labeled(labeled, bound) if labeled else ([], 0)
     bound = bound or largest
+    if bound > MAX_CLASSES:
+        raise LabelError(f"{bound} classes are more than {MAX_CLASSES}: is a label an id? mend it or --num-classes")
     soft = check_annotated(unlabeled, store) if store is not None else []
     if store is not None and checked and all(_is_annotated(one, store) for one in checked):
         checked = check_annotated(labeled, store)
@@ -79,6 +92,23 @@ def gather(
         raise LabelError("nothing to train on: the store has no rows for these shards (all were rejected)")
     names = tuple(classes) if classes is not None else tuple(str(index) for index in range(bound))
     return TrainingData(checked, soft, store, bound), names
+
+
+def check_names(shards: Sequence[Shard], classes: Sequence[str]) -> None:
+    """Raise `LabelError` if the classes.txt beside labeled shards names other classes than a model has. Positions as
+    names, on either side, fit anything.
+    """
+    beside = named_beside(shards)
+    if beside is None or _positions(beside) or _positions(classes) or tuple(beside) == tuple(classes):
+        return
+    differing = next((pair for pair in zip(classes, beside, strict=False) if pair[0] != pair[1]), None)
+    what = (
+        f"{differing[1]!r} where the model has {differing[0]!r}" if differing else f"{len(beside)}, not {len(classes)}"
+    )
+    raise LabelError(
+        f"{shards[0].path}: the classes.txt beside it names other classes ({what}); their numbers would not mean the "
+        "same\npack these images with the model's classes, or evaluate another model"
+    )
 
 
 def _label_space(store: Store, classes: Sequence[str] | None, num_classes: int | None) -> Sequence[str]:
@@ -107,8 +137,11 @@ def named_beside(labeled: Sequence[Shard]) -> Sequence[str] | None:
     for directory in {os.path.dirname(os.path.abspath(shard.path)) for shard in labeled}:
         path = os.path.join(os.path.dirname(directory), "classes.txt")
         if os.path.isfile(path):
-            with open(path, encoding="utf-8") as file:
-                names = tuple(line.rstrip("\n") for line in file if line.strip())
+            try:
+                with open(path, encoding="utf-8-sig") as file:
+                    names = tuple(line.rstrip("\n") for line in file if line.strip())
+            except (OSError, UnicodeDecodeError) as error:
+                raise LabelError(f"{path}: can't be read as class names, one a line in UTF-8 ({error})") from error
             if names:
                 found[names] = path
     if len(found) > 1:
@@ -152,7 +185,7 @@ def check_labeled(shards: Sequence[Shard], num_classes: int | None) -> tuple[lis
     def check(shard: Shard) -> tuple[TrainingShard, int]:
         with ShardFile(shard) as opened:
             largest = max(read_label(opened, index, num_classes) for index in range(len(opened)))
-            return TrainingShard(shard, opened.sha256(), len(opened)), largest
+            return TrainingShard(shard, opened.sha256(), len(opened), version=opened.version), largest
 
     with ThreadPoolExecutor(2) as pool:
         found = list(pool.map(check, shards))
@@ -182,7 +215,8 @@ def check_annotated(shards: Sequence[Shard], store: Store) -> list[TrainingShard
                     f"annotated {info.sha256[:12]}, {info.samples})\nput the old shard back, or "
                     f"delete {store.part_path(shard.name)} and annotate again"
                 )
-        return TrainingShard(shard, sha256, info.samples - info.rejects, info)
+            version = opened.version
+        return TrainingShard(shard, sha256, info.samples - info.rejects, info, version)
 
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(check, shards))

@@ -131,6 +131,10 @@ class TrainingLoop:
         body = self._average.module if self._average is not None else self.body
         if self._best:
             body.load_state_dict(self._best)
+        if not all(bool(torch.isfinite(one).all()) for one in body.state_dict().values() if one.is_floating_point()):
+            raise Diverged(
+                f"{self._run.path}: the weights are no longer finite; use a smaller --lr, or --precision fp32"
+            )
         return body
 
     def step(self, batch: Batch, rate: float) -> Tensor:

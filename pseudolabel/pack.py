@@ -22,6 +22,7 @@ from pseudolabel.shards import write_shard
 from pseudolabel.sources import Item, read_source
 
 SPLITS = ("labeled", "unlabeled", "val", "test")
+_PUBLISHING = "publishing"
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,12 @@ def pack(
         OutputExists: `out` holds a data set and `overwrite` is off.
     """
     directory = storage.local_path(out)
-    if (_shards(directory) or (directory / "dataset.json").exists()) and not overwrite:
-        raise OutputExists(f"{directory}: holds shards already; choose another place, or replace them with --overwrite")
+    own = (directory / name for name in ("dataset.json", "classes.txt"))
+    cut_short = (directory / ".packing" / _PUBLISHING).exists() and not (directory / "dataset.json").exists()
+    if not (overwrite or cut_short) and (_shards(directory) or any(path.exists() for path in own)):
+        raise OutputExists(
+            f"{directory}: holds shards or classes already; choose another place, or replace them with --overwrite"
+        )
     if samples_per_shard < 1:
         raise SourceError(f"samples per shard is {samples_per_shard}; it can't be below 1")
     if name.startswith(".") or "/" in name:
@@ -74,45 +79,53 @@ def pack(
         check_images(found.items)
     split = split_items(found.items, labels_per_class, val_fraction, test_fraction, seed, found.classes)
     shards = 0
-    with _replacing(directory) as new:  # an image that can't be read must not cost the data set that was there
+    # an image that can't be read must not cost the data set that was there
+    with storage.held(directory), _replacing(directory) as new:
         for part, items in split.items():
             for number, start in enumerate(range(0, len(items), samples_per_shard)):
                 file = "-".join([*([name] if name else []), part, f"{number:06d}.tar"])
                 chosen = items[start : start + samples_per_shard]
                 write_shard(new / part / file, _samples(chosen, labeled=part != "unlabeled"))
                 shards += 1
-    counts = {part: len(items) for part, items in split.items()}
-    result = PackResult(str(out), counts, shards, found.classes)
-    options = {
-        "labels_per_class": labels_per_class,
-        "val_fraction": val_fraction,
-        "test_fraction": test_fraction,
-        "seed": seed,
-    }
-    storage.write_atomic(directory / "classes.txt", "".join(f"{one}\n" for one in found.classes))
-    storage.write_atomic(
-        directory / "dataset.json", json.dumps({**asdict(result), "out": None, **options}, indent=1) + "\n"
-    )
+        counts = {part: len(items) for part, items in split.items()}
+        result = PackResult(str(out), counts, shards, found.classes)
+        options = {
+            "labels_per_class": labels_per_class,
+            "val_fraction": val_fraction,
+            "test_fraction": test_fraction,
+            "seed": seed,
+        }
+        storage.write_atomic(new / "classes.txt", "".join(f"{one}\n" for one in found.classes))
+        storage.write_atomic(
+            new / "dataset.json", json.dumps({**asdict(result), "out": None, **options}, indent=1) + "\n"
+        )
     return result
 
 
 @contextmanager
 def _replacing(directory: Path) -> Iterator[Path]:
-    """Yield an empty directory to write shards to. On success they take the place of those in `directory`."""
+    """Yield an empty directory to write a data set to. On success its files take the place of those in `directory`,
+    dataset.json last. A mark says that this has begun: after a kill the same command may do it again.
+    """
     new = directory / ".packing"
     shutil.rmtree(new, ignore_errors=True)
+    began = False
     try:
         yield new
+        began = True
         with storage.explain_os_errors(directory, "writing"):
+            (new / _PUBLISHING).touch()
             for path in (directory / "dataset.json", directory / "classes.txt", *_shards(directory)):
                 path.unlink(missing_ok=True)
-            for path in _shards(new):
+            for path in (*_shards(new), new / "classes.txt", new / "dataset.json"):
                 target = directory / path.relative_to(new)
                 target.parent.mkdir(exist_ok=True)
                 path.rename(target)
                 storage.sync_directory(target.parent)
+        began = False
     finally:
-        shutil.rmtree(new, ignore_errors=True)
+        if not began:
+            shutil.rmtree(new, ignore_errors=True)
 
 
 def _shards(directory: Path) -> list[Path]:

@@ -81,7 +81,7 @@ def read_tables(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
         tables = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise RecipeError(f"{file}: can't be read: {error.strerror}; check the path") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not TOML, not UTF-8, a number of 5,000 digits, nested too deep
         raise RecipeError(f"{file}: not valid TOML: {error}") from error
     for override in overrides:
         _override(tables, override)
@@ -104,7 +104,7 @@ def _override(tables: dict[str, Any], text: str) -> None:
         raise RecipeError(f"--set {text!r}: write table.key=value, such as train.steps=200")
     try:
         parsed = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         parsed = value
     for part in path[:-1]:
         inner = tables.setdefault(part, {})

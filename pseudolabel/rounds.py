@@ -108,6 +108,12 @@ def run(recipe: Recipe, out: str | Path, place: Place | None = None, watcher: Wa
     """
     started = time.monotonic()
     pipeline = _Pipeline(recipe, storage.local_path(out), place or Place(), watcher or Quiet())
+    with storage.held(pipeline.out):
+        return _run(pipeline, started)
+
+
+def _run(pipeline: _Pipeline, started: float) -> RunResult:
+    recipe, out = pipeline.recipe, pipeline.out
     pipeline.claim()
     teacher_uris, teacher_row = pipeline.first_teacher()
     rounds: list[Round] = []
@@ -154,6 +160,8 @@ class _Pipeline:
         for directory in (self.out, self.out / "evaluations"):
             storage.remove_stale(directory)
         path = self.out / "recipe.toml"
+        if path.exists() and not path.is_file():
+            raise OutputExists(f"{path}: is not a recipe; choose another --out")
         text = tomli_w.dumps(self.recipe.model_dump(mode="json", exclude_none=True))
         if path.exists():
             text_there = path.read_text(encoding="utf-8", errors="replace")
@@ -253,7 +261,12 @@ class _Pipeline:
             student,
             result.parameters,
             result.val_accuracy,
-            self._accuracy("-".join(directory.relative_to(self.out).parts), directory, self.test, trust_code=True),
+            self._accuracy(
+                "-".join(directory.relative_to(self.out).parts),
+                directory,
+                self.test,
+                trust_code=read_card(directory)[0].student == student,  # the recipe's code, not model.json's
+            ),
             result.seconds,
         )
 
@@ -314,7 +327,7 @@ def read_classes(path: str | Path) -> tuple[str, ...]:
     file = storage.local_path(path)
     try:
         names = tuple(line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise RecipeError(f"{file}: can't read class names: {error}") from error
     if not names or len(set(names)) != len(names):
         raise RecipeError(

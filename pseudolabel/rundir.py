@@ -42,6 +42,12 @@ class RunDirectory:
     def state_path(self) -> Path:
         return self.path / "checkpoint" / "state.safetensors"
 
+    def check_place(self) -> None:
+        """Raises `OutputExists` if the path is a file's."""
+        with storage.explain_os_errors(self.path, "making"):
+            if self.path.exists() and not self.path.is_dir():
+                raise OutputExists(f"{self.path}: is a file; choose another --out")
+
     def start(self, *, overwrite: bool = False) -> dict[str, Any] | None:
         """Make the directory, or find the run in it. Returns run.json's content if this very run is complete.
 
@@ -49,8 +55,6 @@ class RunDirectory:
             OutputExists: something else is there.
         """
         marker = self.path / "run.json"
-        if self.path.exists() and not self.path.is_dir():
-            raise OutputExists(f"{self.path}: is a file; choose another --out")
         if marker.exists() and not overwrite:
             try:
                 found = json.loads(marker.read_text(encoding="utf-8"))
@@ -62,11 +66,9 @@ class RunDirectory:
             if fingerprint != self.fingerprint:
                 raise OutputExists(self._other_run(found.get("identity", {})))
             return dict(found)
-        strangers = (
-            [path.name for path in self.path.iterdir() if path.name not in self._own_names()]
-            if self.path.is_dir()
-            else []
-        )
+        begun = overwrite or (self.path / "checkpoint").is_dir()  # or else its files are somebody's own
+        own = self._own_names() if begun else set()
+        strangers = [path.name for path in self.path.iterdir() if path.name not in own] if self.path.is_dir() else []
         if strangers:
             raise OutputExists(
                 f"{self.path}: holds {sorted(strangers)[0]!r}, which is not of a training run; choose "

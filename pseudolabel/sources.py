@@ -219,7 +219,7 @@ def _labels(path: Path, column: Any) -> tuple[list[int | None], list[str]]:
     values = [None if value in (None, "") or value != value else value for value in values]  # NaN is not itself
     present = [value for value in values if value is not None]
     try:
-        numbers = [int(value) for value in present if not isinstance(value, float) or value.is_integer()]
+        numbers = [_whole(value) for value in present if not isinstance(value, float) or value.is_integer()]
     except ValueError:
         numbers = []
     except TypeError as error:
@@ -233,10 +233,17 @@ def _labels(path: Path, column: Any) -> tuple[list[int | None], list[str]]:
         if max(numbers, default=0) >= _MAX_CLASSES:
             raise SourceError(f"{path}: a label is {max(numbers)}: are these ids? choose another --label-column")
         classes = [str(index) for index in range(max(numbers, default=-1) + 1)]
-        return [None if value is None else int(value) for value in values], classes
+        return [None if value is None else _whole(value) for value in values], classes
     names = sorted({str(value) for value in present})
     number = {name: index for index, name in enumerate(names)}
     return [None if value is None else number[str(value)] for value in values], names
+
+
+def _whole(value: Any) -> int:
+    """A class number. Raises `ValueError` for text that only int() takes for one: 1_0 is a name."""
+    if isinstance(value, str) and not (value.strip().removeprefix("-").isdecimal() and value.isascii()):
+        raise ValueError(value)
+    return int(value)
 
 
 def _idx(path: Path) -> Source:

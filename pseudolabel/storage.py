@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pseudolabel.errors import StorageError
+from pseudolabel.errors import OutputExists, StorageError
 
 _TEMPORARY = ".tmp-"
 
@@ -83,6 +83,49 @@ def write_atomic(target: Path, data: bytes | str) -> None:
     """Write `data` (text as UTF-8) to `target`, whole or not at all. Raises `StorageError`."""
     with atomic_file(target) as temporary:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def write_new(target: Path, data: str) -> bool:
+    """Write `data` whole to `target` unless something is there already; whether it was written. Of several writers at
+    once one wins. Raises `StorageError`.
+    """
+    with explain_os_errors(target, "writing"):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary, descriptor = _locked_temporary(target)
+        try:
+            temporary.write_bytes(data.encode())
+            with open(temporary, "rb") as written:
+                os.fsync(written.fileno())
+            os.link(temporary, target)
+            sync_directory(target.parent)
+            return True
+        except FileExistsError:
+            return False
+        finally:
+            temporary.unlink(missing_ok=True)
+            os.close(descriptor)
+
+
+@contextmanager
+def held(directory: Path) -> Iterator[None]:
+    """Make `directory` and keep it for this process: another one that wants it, too, is refused. Raises
+    `OutputExists`.
+    """
+    with explain_os_errors(directory, "making"):
+        directory.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OutputExists(
+                f"{directory}: another process is at work in it; wait for it, or choose another --out"
+            ) from error
+        except OSError:
+            pass  # a file system without locks: two at once can't be told apart there
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def is_temporary(path: Path) -> bool:

@@ -23,7 +23,7 @@ from pseudolabel import storage
 from pseudolabel.checkpoint import ModelCard, save_model
 from pseudolabel.dataset import TrainingBatches
 from pseudolabel.errors import LabelError
-from pseudolabel.inputs import TrainingData, TrainingShard, gather
+from pseudolabel.inputs import TrainingData, TrainingShard, check_names, gather
 from pseudolabel.labels.store import Store, open_store
 from pseudolabel.loop import TrainingLoop, TrainProgress
 from pseudolabel.rundir import RunDirectory
@@ -80,13 +80,15 @@ def train(
     val = as_shards(val)
     data, names = gather(as_shards(labeled), as_shards(unlabeled), store, classes, num_classes)
     card = ModelCard(settings.student, names, preprocessing_of(settings))
+    check_names(val, names)
     validation = Validation(val, card.preprocessing, len(names), device) if val else None
     if store is not None and settings.alpha == 0 and settings.labeled_fraction == 0:
         raise LabelError("alpha 0 leaves out the soft labels and labeled fraction 0 the labels: nothing to learn from")
     steps = _number_of_steps(settings, data)
     identity = _identity(settings, data, validation, names)
     run = RunDirectory(storage.local_path(out), "train", identity)
-    with _threads(threads, device):
+    run.check_place()
+    with _threads(threads, device), storage.held(run.path):
         loop = TrainingLoop(settings, card, data, validation, run, steps, torch.device(device), workers)
         if (finished := run.start(overwrite=overwrite)) is not None:
             return TrainResult(**{**finished["result"], "run": str(out)})

@@ -241,6 +241,44 @@ def test_check_names_the_images_that_can_not_be_decoded(tmp_path: Path) -> None:
     assert pack(tmp_path / "photos", tmp_path / "out").samples == {"labeled": 3}
 
 
+def test_numbers_as_python_writes_them_are_names(pictures: Path, tmp_path: Path) -> None:
+    """1_0 was taken for class 10."""
+    path = table(pictures / "t.csv", ("path", "label"), ("pictures/a.png", "1_0"), ("pictures/b.png", "2_1"))
+    assert pack(path, tmp_path / "out").classes == ("1_0", "2_1")
+
+
+def test_a_users_class_names_are_not_replaced(tmp_path: Path) -> None:
+    place(tmp_path / "photos", {"a/x.png": image(0)})
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "classes.txt").write_text("mine\n")
+    with pytest.raises(OutputExists, match="holds shards or classes already"):
+        pack(tmp_path / "photos", tmp_path / "out")
+    assert (tmp_path / "out" / "classes.txt").read_text() == "mine\n"
+
+
+def test_killed_while_it_publishes_the_same_command_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some of its shards were there, and the same command refused to touch them."""
+    place(tmp_path / "photos", {f"a/{number}.png": image(number) for number in range(6)})
+    rename, renamed = Path.rename, []
+
+    def dies(self: Path, target: Path) -> Path:
+        if len(renamed) == 3:
+            raise KeyboardInterrupt
+        renamed.append(target)
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", dies)
+    with pytest.raises(KeyboardInterrupt):
+        pack(tmp_path / "photos", tmp_path / "out", samples_per_shard=1)
+    monkeypatch.undo()
+    assert len(list((tmp_path / "out" / "labeled").iterdir())) == 3
+    pack(tmp_path / "photos", tmp_path / "out", samples_per_shard=1)
+    assert len(list((tmp_path / "out" / "labeled").iterdir())) == 6
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"labeled", "classes.txt", "dataset.json"}
+    with pytest.raises(OutputExists):
+        pack(tmp_path / "photos", tmp_path / "out", samples_per_shard=1)
+
+
 def test_csv_whose_labels_go_by_another_name_says_so(pictures: Path, tmp_path: Path) -> None:
     """They were packed as unlabeled without a word."""
     path = table(pictures / "t.csv", ("path", "kind"), ("pictures/a.png", "cat"), ("pictures/b.png", "dog"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from pseudolabel.labels.store import open_store
 from pseudolabel.recipe import Recipe, load_recipe
 from pseudolabel.report import write_report
 from pseudolabel.rounds import Place, RunResult, run, table
-from pseudolabel.shards import list_shards, read_samples
+from pseudolabel.shards import list_shards, read_samples, write_shard
 from pseudolabel.teachers import parse_teacher
 
 PLACE = Place(LocalEngine("cpu", 1), threads=1)
@@ -161,6 +162,26 @@ def test_a_python_student_teaches_the_next_round(
     assert len(parse_teacher(f"checkpoint:{model}?trust_code=true").load(torch.device("cpu")).classes) == 4
     with pytest.raises(SpecError, match="write true or false"):
         parse_teacher(f"checkpoint:{model}?trust_code=yes")
+
+
+def test_a_run_trusts_the_recipes_code_only(recipe_file: Path, tmp_path: Path) -> None:
+    """A model.json that was edited to name a function had it called when the run was looked at again."""
+    recipe = load_recipe(recipe_file, ["rounds.count=1"])
+    _run(recipe, tmp_path / "run")
+    card_path = tmp_path / "run" / "control" / "model.json"
+    card = {**json.loads(card_path.read_text()), "student": "python:evil:f"}
+    del card["card_sha256"]
+    card["card_sha256"] = hashlib.sha256(json.dumps(card, sort_keys=True).encode()).hexdigest()
+    card_path.write_text(json.dumps(card))
+    (tmp_path / "run" / "evaluations" / "control.json").unlink()
+    with pytest.raises(SpecError, match="loading this model calls python:evil:f"):
+        _run(recipe, tmp_path / "run")
+
+
+def test_a_page_shows_no_labels_of_other_images(recipe_file: Path, tmp_path: Path) -> None:
+    _run(load_recipe(recipe_file, ["rounds.count=1"]), tmp_path / "run")
+    write_shard(tmp_path / "corpus" / "unlabeled" / "unlabeled-0.tar", [("another", {"png": b"image"})])
+    assert '<img src="data:image/png' not in write_report(tmp_path / "run").read_text()
 
 
 def test_a_page_leaves_out_torn_lines_of_metrics(recipe_file: Path, tmp_path: Path) -> None:

@@ -613,8 +613,31 @@ def test_what_can_not_be_opened_is_a_storage_error(tmp_path: Path) -> None:
     for path in (tmp_path / "absent.tar", tmp_path / "folder.tar", tmp_path / "no" / "such.tar"):
         with pytest.raises(StorageError, match=rf"reading {path} failed: "):
             ours(path)
+    os.mkfifo(tmp_path / "pipe.tar")
+    with pytest.raises(StorageError, match="no regular file"):  # it waited for a writer, for ever
+        ours(tmp_path / "pipe.tar")
     with pytest.raises(StorageError, match="only local paths work"):
         list(read_samples(Shard("a", "s3://bucket/a.tar")))
+
+
+def test_a_shard_cut_short_while_it_is_read_is_damaged(tmp_path: Path) -> None:
+    """Mapped into memory, it ended the process with SIGBUS."""
+    path = tmp_path / "a.tar"
+    write_shard(path, [(f"{index}", {"png": bytes(9000)}) for index in range(9)])
+    with ShardFile(Shard("a", str(path))) as opened:
+        os.truncate(path, 20_000)
+        with pytest.raises(DamagedShard, match="was cut short while it was read"):
+            opened.read(8, "png")
+        with pytest.raises(DamagedShard, match="was cut short while it was read"):
+            opened.sha256()
+
+
+def test_listings_without_end_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "self.txt").write_text(f"@{tmp_path / 'self.txt'}\n")
+    with pytest.raises(ShardListError, match="lists in lists without end"):
+        list_shards(f"@{tmp_path / 'self.txt'}")
+    with pytest.raises(ShardListError, match="its braces name more than"):
+        list_shards(str(tmp_path / "x-{1..999999999}.tar"))
 
 
 # ---------------------------------------------------------------------------------- listing

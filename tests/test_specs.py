@@ -526,7 +526,7 @@ def test_an_ensembles_identity_knows_members_and_weights(tmp_path: Path, two_mod
 def test_a_checkpoints_identity_is_its_content_not_its_path(tmp_path: Path, teacher_dir: Path) -> None:
     moved = shutil.copytree(teacher_dir, tmp_path / "moved")
     loaded, again = (parse_teacher(f"checkpoint:{path}").load(CPU) for path in (teacher_dir, moved))
-    settings = AnnotateSettings()
+    settings = AnnotateSettings(precision="fp32")
     assert loaded.identity == again.identity
     assert identify(loaded, settings).fingerprint == identify(again, settings).fingerprint
     other = parse_teacher(f"checkpoint:{make_model(tmp_path / 'other', seed=1)}").load(CPU)

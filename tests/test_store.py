@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import image_bytes, make_model
 
+from pseudolabel import storage
 from pseudolabel.errors import DamagedPart, StorageError, StoreError, StoreMismatch
 from pseudolabel.labeling import annotate_shard, identify
 from pseudolabel.labels import schema, store
@@ -269,3 +270,11 @@ def make_fixture() -> None:
 
 if __name__ == "__main__":
     make_fixture()
+
+
+def test_of_two_makers_of_a_store_one_wins(tmp_path: Path) -> None:
+    """Both wrote store.json, the parts of one of them were worth nothing."""
+    assert storage.write_new(tmp_path / "s" / "store.json", "one")
+    assert not storage.write_new(tmp_path / "s" / "store.json", "two")
+    assert (tmp_path / "s" / "store.json").read_text() == "one"
+    assert [path.name for path in (tmp_path / "s").iterdir()] == ["store.json"]

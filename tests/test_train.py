@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -396,3 +397,62 @@ def test_killed_beside_its_loader_process_it_goes_on_to_the_same_weights(cli: Cl
     cli(*arguments, "--out", "undisturbed")
     killed, undisturbed = (cli.cwd / name / "model.safetensors" for name in ("killed", "undisturbed"))
     assert killed.read_bytes() == undisturbed.read_bytes()
+
+
+def test_other_class_names_beside_test_or_validation_images_are_refused(corpus: Path, tmp_path: Path) -> None:
+    """Images of the same size and other classes gave an accuracy of nothing in particular."""
+    _train(corpus, tmp_path / "run", classes=("a", "b", "c", "d"))
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copytree(corpus / "val", tmp_path / "elsewhere" / "test")
+    for names, said in (("b\nc\nd\na\n", "'b' where the model has 'a'"), ("a\nb\nc\n", "3, not 4")):
+        (tmp_path / "elsewhere" / "classes.txt").write_text(names)
+        with pytest.raises(LabelError, match=said):
+            evaluate(tmp_path / "run", tmp_path / "elsewhere" / "test")
+        with pytest.raises(LabelError, match=said):
+            _train(corpus, tmp_path / "other", classes=("a", "b", "c", "d"), val=tmp_path / "elsewhere" / "test")
+    (tmp_path / "elsewhere" / "classes.txt").write_text("a\nb\nc\nd\n")
+    assert evaluate(tmp_path / "run", tmp_path / "elsewhere" / "test").samples == 24
+
+
+def test_a_shard_replaced_during_training_is_refused(corpus: Path, store: Store, tmp_path: Path) -> None:
+    """The same keys and other images: the labels would be of images that are no longer there."""
+    path = corpus / "unlabeled" / "unlabeled-1.tar"
+    checked = check_annotated(list_shards(corpus / "unlabeled"), store)
+    samples = [(f"unlabeled/1-{index:03d}", {"png": digit_like(index % 4, index)}) for index in range(24)]
+    same = path.read_bytes()
+    data = TrainingData((), checked, store, 4)
+    options = {"batch_size": 72, "labeled_fraction": 0.0, "seed": 0, "steps": 1}
+    write_shard(path, samples)
+    with pytest.raises(StoreMismatch, match=r"unlabeled-1.tar: was replaced since this training began"):
+        TrainingBatches(data, square(12, 1), AugmentSettings(), **options)[0]  # type: ignore[arg-type]
+    path.write_bytes(same)
+    assert len(TrainingBatches(data, square(12, 1), AugmentSettings(), **options)[0].labels_B) == 72  # type: ignore[arg-type]
+
+
+def test_two_trainings_do_not_share_a_directory(corpus: Path, tmp_path: Path) -> None:
+    """Both ended well, and one student was gone."""
+
+    def second(_: object) -> None:
+        with pytest.raises(OutputExists, match="another process is at work in it"):
+            _train(corpus, tmp_path / "run", settings=SMALL.model_copy(update={"seed": 1}))
+
+    _train(corpus, tmp_path / "run", on_progress=second)
+
+
+def test_a_model_or_recipe_of_ones_own_is_not_overwritten(corpus: Path, tmp_path: Path) -> None:
+    model = make_model(tmp_path / "best")
+    before = (model / "model.safetensors").read_bytes()
+    (tmp_path / "exp").mkdir()
+    (tmp_path / "exp" / "recipe.toml").write_text("# mine")
+    for place in (model, tmp_path / "exp"):
+        with pytest.raises(OutputExists, match="is not of a training run"):
+            _train(corpus, place)
+    assert (model / "model.safetensors").read_bytes() == before
+    assert _train(corpus, model, overwrite=True).steps == SMALL.steps
+
+
+def test_weights_that_end_infinite_are_an_error(corpus: Path, tmp_path: Path) -> None:
+    """The loss of the last step was still finite; what it did to the weights was saved."""
+    with pytest.raises(Diverged, match="no longer finite"):
+        _train(corpus, tmp_path / "run", settings=SMALL.model_copy(update={"steps": 1, "lr": 1e38, "ema": 0.0}), val=())
+    assert not (tmp_path / "run" / "run.json").exists()

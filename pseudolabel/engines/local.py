@@ -7,6 +7,7 @@ worker whose parent dies ends at once.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import multiprocessing.reduction
 import os
@@ -127,7 +128,7 @@ def _serve(
             assert isinstance(ready, Connection)
             try:
                 message = ready.recv()
-            except EOFError:
+            except (EOFError, OSError):
                 asking.pop(ready, None)
                 if (index := results.pop(ready, None)) is not None:  # the pipe closed without the word that all is done
                     processes[index].join(10)
@@ -139,7 +140,8 @@ def _serve(
                 continue
             if ready in asking:
                 item = next(items, None)
-                ready.send(None if item is None else (item,))
+                with contextlib.suppress(OSError):  # it is dead: its results' pipe will say so
+                    ready.send(None if item is None else (item,))
                 continue
             kind, value = message
             if kind == "done":

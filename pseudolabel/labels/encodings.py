@@ -133,7 +133,7 @@ def parse_encoding(spec: str) -> Encoding:
     if spec == "dense":
         return Dense()
     kind, _, number = spec.partition(":")
-    if kind == "topk" and number.isdecimal() and int(number) > 0:
+    if kind == "topk" and number.isdecimal() and len(number) < 10 and int(number) > 0:
         return TopK(int(number))
     raise SpecError(f"{spec!r} is not an encoding; write dense or topk:K, such as topk:10")
 

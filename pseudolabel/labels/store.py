@@ -140,7 +140,8 @@ class Store:
             facts = {"format_version": FORMAT_VERSION, "fingerprint": info.fingerprint, "shard": info.shard}
             schema.write_sealed(path, rejects, facts)
         else:
-            path.unlink(missing_ok=True)
+            with storage.explain_os_errors(path, "removing"):
+                path.unlink(missing_ok=True)
         schema.write_sealed(self.part_path(info.shard), part, info.to_json())
 
 
@@ -161,7 +162,7 @@ def create(root: str | Path, identity: StoreIdentity) -> Store:
             for name in ("parts", "rejects", "log"):
                 (store.root / name).mkdir(parents=True, exist_ok=True)
         content = {**identity.to_json(), "fingerprint": identity.fingerprint}
-        storage.write_atomic(path, json.dumps(content, indent=1) + "\n")
+        storage.write_new(path, json.dumps(content, indent=1) + "\n")  # another annotate may be quicker
     found = open_store(root)
     if found.fingerprint != store.fingerprint:
         raise StoreMismatch(
