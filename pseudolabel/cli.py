@@ -281,9 +281,10 @@ def plan(
     ] = 0.1,
     probe_shards: Annotated[int, typer.Option(min=2, help="shards that are opened and probed")] = 8,
     probe_samples: Annotated[int, typer.Option(min=1, help="samples that are labeled to see rejects and bytes")] = 4096,
-    probe_seconds: Annotated[
-        float, typer.Option(min=0.0, help="seconds for those, at most, and again for the speed")
-    ] = 30.0,
+    probe_seconds: Annotated[float, typer.Option(min=0.0, help="seconds over which the speed is measured")] = 30.0,
+    label_seconds: Annotated[
+        float | None, typer.Option(min=0.0, help="seconds for the labels, at most [as --probe-seconds]")
+    ] = None,
     exact: Annotated[
         bool | None, typer.Option("--exact/--estimate", help="count all samples [up to 1 GiB]", show_default=False)
     ] = None,
@@ -307,6 +308,7 @@ def plan(
             probe_shards=probe_shards,
             probe_samples=probe_samples,
             probe_seconds=probe_seconds,
+            label_seconds=label_seconds,
             exact=exact,
             seed=seed,
             max_reject_fraction=max_reject_fraction,

@@ -261,5 +261,5 @@ def _notes(census: Census, rejects: RejectForecast, whole: bool, limit: float) -
             f"--max-reject-fraction {limit:g}"
         )
     if not whole:
-        notes.append("time was up before all samples of the probe were labeled; more --probe-seconds make it surer")
+        notes.append("time was up before all samples of the probe were labeled; more --label-seconds make it surer")
     return notes

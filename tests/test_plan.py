@@ -407,7 +407,8 @@ def test_the_command_and_its_json(tmp_path: Path, corpus: Path, teacher_dir: Pat
     """In a real process with two workers: one object on stdout, the bill and the stages on stderr. What no
     clock decides is what one worker finds in this process.
     """
-    command = ("plan", corpus / "unlabeled", "--teacher", f"checkpoint:{teacher_dir}", "--probe-seconds", 2)
+    probe = ("--probe-seconds", 0, "--label-seconds", 200)
+    command = ("plan", corpus / "unlabeled", "--teacher", f"checkpoint:{teacher_dir}", *probe)
     found, err = cli(*command, "--workers", 2, "--encoding", "topk:3")
     assert (found["samples"], found["rejects"], found["shards"], found["workers"]) == (72, 0, 3, 2)
     assert found["seconds"] > found["startup_seconds"] > 0
