@@ -65,7 +65,7 @@ def pack(
     cut_short = (directory / ".packing" / _PUBLISHING).exists() and not (directory / "dataset.json").exists()
     if not (overwrite or cut_short) and (_shards(directory) or any(path.exists() for path in own)):
         raise OutputExists(
-            f"{directory}: holds shards or classes already; choose another place, or replace them with --overwrite"
+            f"{directory}: holds shards already, or class names; choose another place, or replace them with --overwrite"
         )
     if samples_per_shard < 1:
         raise SourceError(f"samples per shard is {samples_per_shard}; it can't be below 1")
