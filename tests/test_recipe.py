@@ -250,7 +250,9 @@ def test_a_missing_file_and_a_directory_are_refused(tmp_path: Path) -> None:
         load_recipe("s3://bucket/recipe.toml")
 
 
-@pytest.mark.parametrize("path", sorted(PIPELINES.glob("*.toml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [PIPELINES / f"{name}.toml" for name in ("fashion_mnist", "from_labels_alone")], ids=lambda path: path.stem
+)
 def test_a_bundled_pipeline_loads_and_its_classes_are_there(path: Path) -> None:
     recipe = load_recipe(path)
     assert recipe.data.classes is not None
