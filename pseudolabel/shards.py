@@ -146,7 +146,7 @@ def _expand(spec: str, nesting: int = 0) -> list[str]:
 
 
 class ShardFile:
-    """An opened shard: mapped, indexed and checked. Use it as a context manager; samples are read by position.
+    """An opened shard: indexed and checked. Use it as a context manager; samples are read by position.
 
     Raises:
         DamagedShard: empty, truncated, bad header, duplicate or interleaved keys, links, data after the end.
