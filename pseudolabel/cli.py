@@ -20,8 +20,10 @@ from typing import Annotated, Any
 
 import typer
 
+from pseudolabel.allocator import keep_freed_memory
 from pseudolabel.display import Display, print_confusion, print_pairs, print_plan, print_rounds
 from pseudolabel.errors import PseudolabelError, RecipeError
+from pseudolabel.forkserver import fork_server
 from pseudolabel.settings import AnnotateSettings, AugmentSettings, TrainSettings
 
 app = typer.Typer(
@@ -70,6 +72,7 @@ def _root(
 def main() -> None:
     """Entry point: usage errors become JSON, too, if `--json` is given. A scheduler's SIGTERM ends as Ctrl-C does."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    keep_freed_memory()
     warnings.showwarning = _show_warning
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -344,6 +347,8 @@ def annotate(
 ) -> Mapping[str, Any]:
     """Run a teacher over shards and keep its soft labels. Run it again to go on where it stopped."""
     settings = _annotate_settings(locals())
+    if workers != 1:
+        fork_server()
     from pseudolabel.annotate import annotate
     from pseudolabel.engines.local import LocalEngine, resolve_device
     from pseudolabel.shards import list_shards, slice_shards
@@ -471,6 +476,8 @@ def train(
     idle = [name for name in ("loss", "alpha", "temperature", "labeled_fraction") if name in given]
     if labels is None and idle:
         print(f"note: without --labels, {', '.join(idle)} have no effect", file=sys.stderr)
+    if workers != 0:
+        fork_server()
     from pseudolabel.labels.store import open_store
     from pseudolabel.rounds import read_classes
     from pseudolabel.shards import list_shards
@@ -584,6 +591,7 @@ def run(
     as_json: Json = False,
 ) -> Mapping[str, Any]:
     """Run a recipe: teacher, rounds of annotate and train, control, table. Finished stages are skipped."""
+    fork_server()
     from pseudolabel.engines.local import LocalEngine
     from pseudolabel.recipe import load_recipe
     from pseudolabel.report import write_report
@@ -624,6 +632,7 @@ def demo(
     as_json: Json = False,
 ) -> Mapping[str, Any]:
     """Run the whole loop on the bundled Fashion-MNIST: about three minutes on two cores."""
+    fork_server()
     from pseudolabel.demo import demo
     from pseudolabel.engines.local import LocalEngine
     from pseudolabel.report import write_report

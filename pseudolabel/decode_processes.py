@@ -11,11 +11,11 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from torch.utils.data import DataLoader, Dataset
 
 from pseudolabel.decoding import DecodedBatch, Decoding, ShardEnd, decode_samples, shard_end
 from pseudolabel.errors import DamagedShard, StorageError, WorkerDied
+from pseudolabel.forkserver import fork_server
 from pseudolabel.processes import become_helper
 from pseudolabel.shards import Shard, ShardFile
 
@@ -83,8 +83,6 @@ def decode_in_processes(
     Raises:
         WorkerDied: a process was killed, or shared memory is full.
     """
-    context = torch.multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pseudolabel.decode_processes"])
     loader = DataLoader(
         _Decoder(decoding),
         batch_size=None,
@@ -92,7 +90,7 @@ def decode_in_processes(
         num_workers=processes,
         prefetch_factor=_AHEAD,
         pin_memory=pin,
-        multiprocessing_context=context,
+        multiprocessing_context=fork_server(),
         worker_init_fn=become_helper,
     )
     try:

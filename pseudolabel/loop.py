@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from pseudolabel.checkpoint import ModelCard, flatten_optimizer, load_state, restore_optimizer, save_state
 from pseudolabel.dataset import Batch, CarriedErrors, TrainingBatches
 from pseudolabel.errors import Diverged, OutOfMemory, PseudolabelError, SpecError, WorkerDied
+from pseudolabel.forkserver import fork_server
 from pseudolabel.inputs import TrainingData
 from pseudolabel.layout import training_layout
 from pseudolabel.losses import Mixture
@@ -186,15 +187,13 @@ class TrainingLoop:
             for step in range(start, self._steps):
                 yield self._batches[step]
             return
-        context = torch.multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["pseudolabel.dataset"])
         loader = DataLoader(
             CarriedErrors(self._batches),
             batch_size=None,
             sampler=range(start, self._steps),
             num_workers=self._workers,
             pin_memory=self._device.type == "cuda",
-            multiprocessing_context=context,
+            multiprocessing_context=fork_server(),
             timeout=_LOADER_TIMEOUT,
             worker_init_fn=become_helper,
         )

@@ -10,6 +10,8 @@ import threading
 
 import torch
 
+from pseudolabel.allocator import keep_freed_memory
+
 
 def end_with_parent() -> None:
     """In a child of multiprocessing: from now on, end at once when the process that started it is gone.
@@ -28,6 +30,7 @@ def become_helper(_: int = 0) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.excepthook = lambda *_: None
     torch.set_num_threads(1)
+    keep_freed_memory()
     end_with_parent()
 
 

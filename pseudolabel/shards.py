@@ -154,7 +154,7 @@ class ShardFile:
 
     def __init__(self, shard: Shard) -> None:
         self.shard = shard
-        path = storage.local_path(shard.path)
+        path = self._path = storage.local_path(shard.path)
         with storage.explain_os_errors(path, "reading"):
             if not stat.S_ISREG(path.stat().st_mode):
                 raise StorageError(f"reading {path} failed: it is no regular file\nremove it, or name other shards")
@@ -202,13 +202,15 @@ class ShardFile:
         """Bytes of the file. Not through a map: a file that is cut short while it is mapped kills the process. Raises
         `DamagedShard` if they are not there any more.
         """
-        with storage.explain_os_errors(storage.local_path(self.shard.path), "reading"):
+        try:
             data = os.pread(self._descriptor, size, start)
             while len(data) < size:
                 more = os.pread(self._descriptor, size - len(data), start + len(data))
                 if not more:
                     raise _damaged(self.shard, "was cut short while it was read", start + len(data), 0)
                 data += more
+        except OSError as error:
+            raise storage.explained(error, self._path, "reading") from error
         return data
 
     def sha256(self) -> str:
@@ -220,9 +222,8 @@ class ShardFile:
 
     def check_unchanged(self) -> None:
         """Raise `DamagedShard` if the file is no longer the one that was opened: samples read may be of both."""
-        path = storage.local_path(self.shard.path)
-        with storage.explain_os_errors(path, "reading"):
-            now = _version(path.stat())
+        with storage.explain_os_errors(self._path, "reading"):
+            now = _version(self._path.stat())
         if now != self.version:
             raise _damaged(self.shard, "was changed or replaced while it was read", 0, len(self))
 

@@ -40,8 +40,12 @@ def explain_os_errors(path: Path, doing: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise StorageError(f"{doing} {path} failed: {reason}\n{_remedy(error)}") from error
+        raise explained(error, path, doing) from error
+
+
+def explained(error: OSError, path: Path, doing: str) -> StorageError:
+    """`error` as a `StorageError` that names the place, the cause and the remedy."""
+    return StorageError(f"{doing} {path} failed: {error.strerror or error}\n{_remedy(error)}")
 
 
 def _remedy(error: OSError) -> str:

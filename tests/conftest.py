@@ -119,7 +119,7 @@ class Cli:
 
 def wait_until_gone(group: int) -> None:
     """Wait until no process of the group is left; one that stays is a failure."""
-    for _ in range(500):
+    for _ in range(1500):
         try:
             os.killpg(group, 0)
         except ProcessLookupError:

@@ -8,7 +8,6 @@ worker whose parent dies ends at once.
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import multiprocessing.reduction
 import os
 import signal
@@ -22,7 +21,9 @@ from typing import Any, TypeVar
 
 import torch
 
+from pseudolabel.allocator import keep_freed_memory
 from pseudolabel.errors import PseudolabelError, SpecError, WorkerDied
+from pseudolabel.forkserver import fork_server
 from pseudolabel.processes import end_with_parent
 
 Item = TypeVar("Item")
@@ -93,7 +94,7 @@ def _in_this_process(work: _Work, items: Sequence[Any], device: str) -> Generato
 
 
 def _in_processes(work: _Work, items: Sequence[Any], devices: list[str]) -> Generator[Any, None, None]:
-    context = multiprocessing.get_context("spawn")
+    context = fork_server()
     processes: list[BaseProcess] = []
     requests: list[Connection] = []
     results: dict[Connection, int] = {}
@@ -156,6 +157,7 @@ def _worker(work: _Work, device: str, request: Connection, result: Connection) -
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted and ends us
     sys.stdout = sys.stderr  # stdout is the command's, and may carry JSON
     end_with_parent()
+    keep_freed_memory()
     if device == "cpu":
         torch.set_num_threads(1)
     else:

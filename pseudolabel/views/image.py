@@ -114,10 +114,10 @@ def _decode_any(image: Image.Image) -> Tensor:
             raise UndecodableImage("floating-point pixels, whose range is unknown")
         return torch.from_numpy((values >> 8).clip(0, 255).astype(np.uint8))[None]
     if image.mode in ("1", "L", "LA"):
-        return torch.from_numpy(np.array(image.convert("L")))[None]
+        return torch.from_numpy(np.array(image if image.mode == "L" else image.convert("L")))[None]
     if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
         image = image.convert("RGBA")  # straight to RGB gives the same colours, and a warning
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    return torch.from_numpy(np.array(image if image.mode == "RGB" else image.convert("RGB"))).permute(2, 0, 1)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,52 @@
+"""Processes of our own: what they are forked from, and the memory they keep."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from multiprocessing.connection import Connection
+
+from conftest import REPOSITORY
+
+from pseudolabel.forkserver import fork_server
+
+FORWARD_PASSES = """
+import resource, sys, torch, torchvision
+from pseudolabel.allocator import keep_freed_memory
+if sys.argv[1] == "keep":
+    assert keep_freed_memory()
+torch.set_num_threads(1)
+network, pixels = torchvision.models.mobilenet_v3_small(weights=None).eval(), torch.rand(16, 3, 128, 128)
+with torch.inference_mode():
+    for turn in range(13):
+        if turn == 3:
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        network(pixels)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def _page_faults(how: str) -> int:
+    command = [sys.executable, "-c", FORWARD_PASSES, how]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    return int(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+
+
+def test_kept_memory_spares_forward_passes_their_page_faults():
+    assert _page_faults("keep") < _page_faults("default") / 10
+
+
+def _report(answer: Connection) -> None:
+    answer.send(("torch" in sys.modules, signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())))
+
+
+def test_workers_are_forked_with_torch_imported_and_out_of_reach_of_ctrl_c():
+    context = fork_server()
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    mine, theirs = context.Pipe()
+    process = context.Process(target=_report, args=(theirs,))
+    process.start()
+    assert mine.recv() == (True, True)
+    process.join()
