@@ -11,11 +11,13 @@ one thread. The shards hold 28-pixel PNGs (Fashion-MNIST) or made JPEGs of 256 p
                              the bound is 1 ÷ (decode + forward) images per CPU-second; on a GPU it is the bare forward
                              rate, or the decode rate of all cores if that is lower
     all ÷ one                images/s, all processes to one; – with a single GPU
+    all, of the bound        on a CPU, images/s of all processes ÷ the bound times the cores
     ÷ DataLoader             annotate (all processes) ÷ a webdataset + DataLoader + torch.save loop (baselines.py)
     ÷ Ray Data               annotate ÷ Ray Data's map_batches into Parquet; – without --rivals, or without Ray
     start-up                 in forward passes: how many images the teacher could label before annotate's first batch
 
 Rates are taken while every worker is busy: from when each has labeled a batch to when the last shard is begun.
+Rivals run in a process of their own, as they would. The loop has torch's default threads, or one, whichever is faster.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ import made
 import setup
 import torch
 
+from pseudolabel.allocator import keep_freed_memory
 from pseudolabel.annotate import Progress, annotate
 from pseudolabel.decode_processes import decode_in_processes, decoding_processes
 from pseudolabel.decoding import DecodedBatch, Decoding, decode_shard
@@ -47,7 +50,16 @@ from pseudolabel.teachers import parse_teacher
 from pseudolabel.views.augment import preprocessings
 from pseudolabel.views.image import PrepareFor
 
-COLUMNS = ("read+decode ÷ forward", "of the bound", "all ÷ one", "÷ DataLoader", "÷ Ray Data", "start-up")
+COLUMNS = (
+    "read+decode ÷ forward",
+    "of the bound",
+    "all, of the bound",
+    "all ÷ one",
+    "÷ DataLoader",
+    "÷ Ray Data",
+    "start-up",
+)
+RIVAL_TURNS = 2
 
 
 class Window:
@@ -129,7 +141,8 @@ def measure(uri: str, images: Sequence[bytes], device: str, *, quick: bool, riva
         rows = batch_size * min(max(round(rate * seconds / 4 / batch_size), 1), max(1024 // batch_size, 1))
         count = max(3, math.ceil(rate * seconds / rows) + 1)
         shards = made.write_shards(Path(scratch) / "shards", images, rows=rows, count=count * workers)
-        for _ in range(repetitions):
+        annotate_run(uri, [probe], device, 1)  # imports what a process needs once
+        for turn in range(repetitions):
             by_forward = setup.rates_of(bare, device, seconds)
             by_decode = decode_rate(decoding, shards, device, seconds / 2)
             one = annotate_run(uri, shards[:count], device, 1)
@@ -146,9 +159,12 @@ def measure(uri: str, images: Sequence[bytes], device: str, *, quick: bool, riva
             if workers > 1:
                 every = annotate_run(uri, shards, device, workers)
                 found["all ÷ one"] = every.rates.wall / one.rates.wall
-            if rivals:
-                loop = baselines.dataloader_loop(uri, shards, device, batch_size)
-                ray = baselines.ray_data(uri, shards, device, batch_size)
+            if device == "cpu":
+                found["all, of the bound"] = every.rates.wall / (bound * workers)
+            if rivals and turn < RIVAL_TURNS:
+                how = (uri, shards, device, batch_size)
+                loop = max(setup.in_new_process(baselines.dataloader_loop, *how, threads) for threads in (None, 1))
+                ray = setup.in_new_process(baselines.ray_data, *how)
                 found |= {"÷ DataLoader": every.rates.wall / loop, "÷ Ray Data": ray and every.rates.wall / ray}
             for column, value in found.items():
                 if value is not None:
@@ -158,6 +174,7 @@ def measure(uri: str, images: Sequence[bytes], device: str, *, quick: bool, riva
 
 def main() -> None:
     arguments = setup.parse_arguments(__doc__, flags={"--rivals": "also run what people write themselves"})
+    keep_freed_memory()  # as the command does
     if arguments.device == "cpu":
         torch.set_num_threads(1)
     report = setup.Report("annotate", {"device": arguments.device, "quick": arguments.quick})

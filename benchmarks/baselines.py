@@ -1,7 +1,7 @@
 """What people write instead of `annotate`: a webdataset + DataLoader loop, and Ray Data's `map_batches`.
 
 Both run the same model with the same preprocessing over the same shards and keep the logits; both as their own
-documentation does it, with a process per core for decoding and torch's default threads.
+documentation does it, with a process per core for decoding.
 """
 
 from __future__ import annotations
@@ -39,10 +39,16 @@ def _prepare(uri: str) -> Any:
     )
 
 
-def dataloader_loop(uri: str, shards: Sequence[Shard], device: str, batch_size: int) -> float:
-    """Images per second of the usual loop, from its second batch on, `torch.save` at the end."""
+def dataloader_loop(
+    uri: str, shards: Sequence[Shard], device: str, batch_size: int, threads: int | None = None
+) -> float:
+    """Images per second of the usual loop, from its second batch on, `torch.save` at the end. `threads` of torch's, or
+    its default.
+    """
     import webdataset as wds
 
+    if threads is not None:
+        torch.set_num_threads(threads)
     teacher, prepare = parse_teacher(uri).load(torch.device(device)), _prepare(uri)
     pipeline = wds.WebDataset([shard.path for shard in shards], shardshuffle=False, empty_check=False)
     samples = pipeline.decode("pil").to_tuple("__key__", FIELDS).map_tuple(str, prepare)

@@ -14,13 +14,16 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from multiprocessing import get_context
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from pseudolabel.engines.local import resolve_device
 
+Result = TypeVar("Result")
 Row = dict[str, str | float | None]
 
 
@@ -66,6 +69,12 @@ def _cell(value: str | float | None) -> str:
     if isinstance(value, float):
         return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
     return "–" if value is None else value
+
+
+def in_new_process(work: Callable[..., Result], *args: Any) -> Result:
+    """What `work(*args)` gives in a process that has run nothing else."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(work, *args).result()
 
 
 def median(values: Iterable[float]) -> float:
