@@ -63,7 +63,7 @@ def bottleneck(seconds: Mapping[str, float], *, gpu: bool) -> str:
         "forward": "the teacher itself: only a larger --batch-size, --precision bf16, --compile, more devices or "
         "--slice over more machines make it faster"
         if gpu
-        else "the teacher itself: try --batch-size auto and --compile, a GPU, or --slice over more machines",
+        else "the teacher itself: try --batch-size auto, a GPU, or --slice over more machines",
         "write": "the disk of the store: put it on a faster one, or choose an encoding of fewer bytes (see plan)",
         "other": "bookkeeping: larger shards or a larger --batch-size make it less",
     }

@@ -7,8 +7,9 @@ import signal
 import subprocess
 import sys
 from multiprocessing.connection import Connection
+from pathlib import Path
 
-from conftest import REPOSITORY
+from conftest import REPOSITORY, Cli
 
 from pseudolabel.forkserver import fork_server
 
@@ -50,3 +51,13 @@ def test_workers_are_forked_with_torch_imported_and_out_of_reach_of_ctrl_c():
     process.start()
     assert mine.recv() == (True, True)
     process.join()
+
+
+def test_a_temporary_directory_too_long_for_sockets_is_no_obstacle(
+    cli: Cli, corpus: Path, teacher_dir: Path, tmp_path: Path
+):
+    long = tmp_path / ("x" * 120)
+    long.mkdir()
+    options = ("--teacher", f"checkpoint:{teacher_dir}", "--out", "store", "--workers", 2)
+    result, _ = cli("annotate", corpus / "unlabeled", *options, env={"TMPDIR": str(long)})
+    assert result["parts_written"] == 3
