@@ -1,12 +1,13 @@
 # make demo   sets all up, runs the whole loop on bundled real data
 # make test   sets all up, checks style and types, runs the tests
+# make test-cluster   the tests that start a Ray cluster
 
 VENV ?= .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: install demo test lint bench clean
+.PHONY: install demo test test-cluster lint bench clean
 
 install: $(VENV)/.installed
 
@@ -27,6 +28,9 @@ lint: install
 
 test: install lint
 	$(BIN)/python -m pytest -n auto --dist worksteal
+
+test-cluster: install
+	$(BIN)/python -m pytest -m cluster
 
 bench: install
 	$(BIN)/python benchmarks/store.py

@@ -145,6 +145,7 @@ class Engine(Protocol):
     ) -> Generator[Result, None, None]:
         """Hand `items` out to copies of the picklable `work`, each with a device, and yield results as they come.
 
-        When the generator is closed, all work has ended.
+        A result that completes an item names it as its `ends`: an engine that survives the death of a worker hands out
+        again what was not completed. When the generator is closed, all work has ended.
         """
         ...

@@ -47,12 +47,13 @@ Entry = DecodedBatch | ShardEnd | DamagedShard
 
 @dataclass(frozen=True)
 class Progress:
-    """What a worker tells: a batch was labeled, a shard is finished or damaged."""
+    """What a worker tells: a batch was labeled, a shard is finished or damaged. `ends` is the shard, if it is."""
 
     shard: str
     samples: int = 0
     finished: dict[str, Any] | None = None
     damage: DamagedShard | None = None
+    ends: Shard | None = None
 
 
 def settle(settings: AnnotateSettings, device: str, teacher: LoadedTeacher) -> AnnotateSettings:
@@ -184,24 +185,26 @@ class _Line:
 
     def _settle(self, step: _Step, writer: ThreadPoolExecutor) -> Iterator[Progress]:
         if isinstance(step.entry, DamagedShard):
-            yield Progress(step.shard.name, damage=step.entry)
+            yield Progress(step.shard.name, damage=step.entry, ends=step.shard)
             return
         assert step.builder is not None
         if isinstance(step.entry, ShardEnd):
             yield from self._written()
-            self._writing = writer.submit(self._write, step.builder, step.entry, self.stages.take())
+            self._writing = writer.submit(self._write, step, step.builder, self.stages.take())
             return
         with self.stages.during("forward"):
             columns = self.forward.finish(step.under_way) if step.under_way is not None else None
         step.builder.add(step.entry, columns)
         yield Progress(step.shard.name, samples=len(step.entry.keys) + len(step.entry.rejects))
 
-    def _write(self, builder: PartBuilder, end: ShardEnd, seconds: dict[str, float]) -> Progress:
-        annotated = builder.finish(end)
+    def _write(self, step: _Step, builder: PartBuilder, seconds: dict[str, float]) -> Progress:
+        assert isinstance(step.entry, ShardEnd)
+        annotated = builder.finish(step.entry)
         self.store.commit(annotated.info, annotated.part, annotated.rejects)
-        counts = {"samples": annotated.info.samples, "rejects": annotated.info.rejects, "bytes": end.size}
+        counts = {"samples": annotated.info.samples, "rejects": annotated.info.rejects, "bytes": annotated.info.size}
         place = {"device": self.device, "pid": os.getpid()}
-        return Progress(annotated.info.shard, finished={**counts, "seconds": seconds, **place})
+        finished = {**counts, "seconds": seconds, **place}
+        return Progress(step.shard.name, finished=finished, ends=step.shard)
 
     def _written(self) -> Iterator[Progress]:
         """Wait for the part that is being written, if one is."""
