@@ -14,7 +14,7 @@ MODULES = {
 }
 IMPLEMENTATIONS = {name for name in MODULES if name.startswith(("teachers.", "engines."))}
 VERBS = {"pack", "plan", "annotate", "train", "evaluate", "labels.verify", "labels.summary"}
-OUTER = {"cli", "rounds", "demo", "display", "__main__"}
+OUTER = {"rounds", "demo", "display", "__main__"} | {name for name in MODULES if name.split(".")[0] == "cli"}
 
 
 def imports_of(name: str) -> set[str]:
