@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from pseudolabel.errors import DamagedShard, StorageError
-from pseudolabel.shards import Shard, ShardFile
+from pseudolabel.shard_lists import Shard
+from pseudolabel.shards import ShardFile
 from pseudolabel.views.draw import CLEAN, View
 from pseudolabel.views.image import decode, image_field
 

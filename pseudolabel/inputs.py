@@ -16,7 +16,8 @@ import pyarrow as pa
 from pseudolabel.errors import LabelError, StoreMismatch
 from pseudolabel.labels.schema import PartInfo
 from pseudolabel.labels.store import Store
-from pseudolabel.shards import Shard, ShardFile
+from pseudolabel.shard_lists import Shard
+from pseudolabel.shards import ShardFile
 
 MAX_CLASSES = 1 << 20
 

@@ -31,7 +31,7 @@ from pseudolabel.labels.store import Store, StoreIdentity, open_store
 from pseudolabel.price import Price, RejectForecast, candidates, forecast_rejects, price
 from pseudolabel.probe import Probe
 from pseudolabel.settings import AnnotateSettings
-from pseudolabel.shards import ShardsLike, as_shards
+from pseudolabel.shard_lists import ShardsLike, as_shards
 from pseudolabel.teachers import parse_teacher
 
 GOOD_KL = 0.01  # nats at T = 2: below what students notice

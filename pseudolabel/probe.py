@@ -25,7 +25,8 @@ from pseudolabel.labels import store
 from pseudolabel.labels.schema import PartInfo
 from pseudolabel.labels.store import Store, StoreIdentity
 from pseudolabel.settings import AnnotateSettings
-from pseudolabel.shards import Shard, ShardFile, write_shard
+from pseudolabel.shard_lists import Shard
+from pseudolabel.shards import ShardFile, write_shard
 from pseudolabel.stopwatch import Load, Stopwatch, TimedWork
 
 _FIRST_PIECE = 8  # samples

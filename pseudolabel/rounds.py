@@ -37,7 +37,8 @@ from pseudolabel.labels.store import open_store
 from pseudolabel.loop import TrainProgress
 from pseudolabel.recipe import Recipe
 from pseudolabel.settings import TrainSettings
-from pseudolabel.shards import Shard, list_shards, shard_sha256
+from pseudolabel.shard_lists import Shard, list_shards
+from pseudolabel.shards import shard_sha256
 from pseudolabel.teachers import parse_teachers
 from pseudolabel.train import TrainResult, train
 

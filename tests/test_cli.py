@@ -29,7 +29,8 @@ from conftest import REPOSITORY, Cli, digit_like, make_model
 from pseudolabel.annotate import annotate
 from pseudolabel.cli import app, main
 from pseudolabel.engines.local import LocalEngine
-from pseudolabel.shards import list_shards, read_samples, write_shard
+from pseudolabel.shard_lists import list_shards
+from pseudolabel.shards import read_samples, write_shard
 from pseudolabel.teachers import parse_teacher
 
 COMMANDS = {"pack", "plan", "annotate", "inspect", "verify", "train", "evaluate", "run", "report", "demo"}

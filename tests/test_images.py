@@ -32,7 +32,8 @@ from torchvision.transforms.v2 import InterpolationMode
 
 from pseudolabel.decoding import DecodedBatch, Decoding, ShardEnd, decode_shard, decode_shards
 from pseudolabel.errors import DamagedShard
-from pseudolabel.shards import Shard, read_samples
+from pseudolabel.shard_lists import Shard
+from pseudolabel.shards import read_samples
 from pseudolabel.views.image import (
     MAX_PIXELS,
     Normalize,

@@ -24,7 +24,8 @@ from PIL import Image
 
 from pseudolabel.errors import OutputExists, SourceError, StorageError
 from pseudolabel.pack import PackResult, pack, split_items
-from pseudolabel.shards import Sample, list_shards, read_samples
+from pseudolabel.shard_lists import list_shards
+from pseudolabel.shards import Sample, read_samples
 from pseudolabel.sources import Item, read_source
 from pseudolabel.views.image import decode, image_field
 

@@ -25,7 +25,8 @@ from pseudolabel.estimates import effective, makespan, mean_interval, t_quantile
 from pseudolabel.plan import EncodingPlan, Plan, plan, recommend
 from pseudolabel.probe import doubling
 from pseudolabel.settings import AnnotateSettings
-from pseudolabel.shards import list_shards, read_samples, write_shard
+from pseudolabel.shard_lists import list_shards
+from pseudolabel.shards import read_samples, write_shard
 
 MakeShard = Callable[..., Path]
 TIMES = {"seconds", "startup_seconds", "samples_per_second", "device_hours", "probe_seconds"}

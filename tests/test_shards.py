@@ -22,7 +22,9 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 from webdataset.writer import ShardWriter, TarWriter
 
 from pseudolabel.errors import DamagedShard, ShardListError, StorageError
-from pseudolabel.shards import BLOCK, Shard, ShardFile, list_shards, read_samples, slice_shards, write_shard
+from pseudolabel.shard_lists import Shard, list_shards, slice_shards
+from pseudolabel.shards import ShardFile, read_samples, write_shard
+from pseudolabel.tar import BLOCK
 
 Samples = list[tuple[str, dict[str, bytes]]]
 Member = tuple[str, bytes]

@@ -40,7 +40,8 @@ from pseudolabel.labels.verify import verify
 from pseudolabel.recipe import validate
 from pseudolabel.replay import open_replay, replay
 from pseudolabel.settings import AnnotateSettings, AugmentSettings, TrainSettings
-from pseudolabel.shards import Shard, list_shards, read_samples, write_shard
+from pseudolabel.shard_lists import Shard, list_shards
+from pseudolabel.shards import read_samples, write_shard
 from pseudolabel.teachers import parse_teacher, parse_teachers
 from pseudolabel.train import train
 from pseudolabel.views.augment import ViewPlan, apply_view, library_versions, preprocessings

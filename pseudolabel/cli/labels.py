@@ -73,7 +73,7 @@ def plan(
     settings = annotate_settings(locals())
     from pseudolabel.engines.local import LocalEngine, resolve_device
     from pseudolabel.plan import plan
-    from pseudolabel.shards import list_shards, slice_shards
+    from pseudolabel.shard_lists import list_shards, slice_shards
     from pseudolabel.teachers import parse_teachers
 
     with Display() as display:
@@ -126,7 +126,7 @@ def annotate(
         fork_server()
     from pseudolabel.annotate import annotate
     from pseudolabel.engines.local import LocalEngine, resolve_device
-    from pseudolabel.shards import list_shards, slice_shards
+    from pseudolabel.shard_lists import list_shards, slice_shards
     from pseudolabel.teachers import parse_teachers
 
     listed = slice_shards(list_shards(shards), part_of)
@@ -182,7 +182,7 @@ def verify(
     """Read every byte of a store again: hashes, counts, order. Exit code 1 if anything is wrong."""
     from pseudolabel.labels.store import open_store
     from pseudolabel.labels.verify import verify
-    from pseudolabel.shards import list_shards
+    from pseudolabel.shard_lists import list_shards
 
     result = verify(open_store(store), list_shards(shards) if shards else ())
     for problem in result.problems:

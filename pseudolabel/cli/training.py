@@ -89,7 +89,7 @@ def train(
         fork_server()
     from pseudolabel.labels.store import open_store
     from pseudolabel.rounds import read_classes
-    from pseudolabel.shards import list_shards
+    from pseudolabel.shard_lists import list_shards
     from pseudolabel.train import train
 
     place = training_place(device, workers, threads)
@@ -132,7 +132,7 @@ def evaluate(
     from pseudolabel.engines.local import resolve_device
     from pseudolabel.evaluate import evaluate
     from pseudolabel.labels.store import open_store
-    from pseudolabel.shards import list_shards
+    from pseudolabel.shard_lists import list_shards
 
     opened = open_store(store) if store is not None else None
     result = dataclasses.asdict(
