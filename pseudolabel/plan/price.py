@@ -22,11 +22,11 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from pseudolabel.estimates import effective, wilson
 from pseudolabel.interfaces import Encoding
 from pseudolabel.labels import schema
 from pseudolabel.labels.encodings import divergence, fidelity, parse_encoding
-from pseudolabel.probe import Labeled
+from pseudolabel.plan.estimates import effective, wilson
+from pseudolabel.plan.probe import Labeled
 
 KEPT = (5, 10, 20, 50, 100)
 _PARTS = 8  # parts of each size whose mean is taken
