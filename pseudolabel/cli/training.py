@@ -87,8 +87,8 @@ def train(
         print(f"note: without --labels, {', '.join(idle)} have no effect", file=sys.stderr)
     if workers != 0:
         fork_server()
+    from pseudolabel.class_names import read_classes
     from pseudolabel.labels.store import open_store
-    from pseudolabel.rounds import read_classes
     from pseudolabel.shard_lists import list_shards
     from pseudolabel.train import train
 

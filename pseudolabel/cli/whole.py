@@ -30,7 +30,8 @@ def run(
     from pseudolabel.engines.local import LocalEngine
     from pseudolabel.recipe import load_recipe
     from pseudolabel.report import write_report
-    from pseudolabel.rounds import Place, run, table
+    from pseudolabel.rounds import Place, run
+    from pseudolabel.run_result import table
 
     loaded = load_recipe(recipe, overrides or ())
     with Display() as display:
@@ -71,7 +72,8 @@ def demo(
     from pseudolabel.demo import demo
     from pseudolabel.engines.local import LocalEngine
     from pseudolabel.report import write_report
-    from pseudolabel.rounds import Place, table
+    from pseudolabel.rounds import Place
+    from pseudolabel.run_result import table
 
     with Display() as display:
         place = Place(LocalEngine(device), **training_place(device, workers, threads))
