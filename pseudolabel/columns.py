@@ -6,9 +6,8 @@ import csv
 from pathlib import Path
 from typing import Any
 
+from pseudolabel.class_numbers import MAX_CLASSES
 from pseudolabel.errors import SourceError
-
-_MAX_CLASSES = 1 << 20
 
 
 def csv_columns(path: Path, delimiter: str) -> dict[str, list[Any]]:
@@ -56,7 +55,7 @@ def number_labels(path: Path, column: Any) -> tuple[list[int | None], list[str]]
                 f"{path}: a label is {min(numbers)}; class numbers start at 0 (leave the cell empty "
                 "where there is no label)"
             )
-        if max(numbers, default=0) >= _MAX_CLASSES:
+        if max(numbers, default=0) >= MAX_CLASSES:
             raise SourceError(f"{path}: a label is {max(numbers)}: are these ids? choose another --label-column")
         classes = [str(index) for index in range(max(numbers, default=-1) + 1)]
         return [None if value is None else _whole(value) for value in values], classes

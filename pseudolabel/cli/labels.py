@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -34,6 +34,10 @@ from pseudolabel.cli.options import (
 )
 from pseudolabel.display import Display, print_pairs, print_plan
 from pseudolabel.forkserver import fork_server
+
+if TYPE_CHECKING:
+    from pseudolabel.interfaces import Engine, Teacher
+    from pseudolabel.shard_lists import Shard
 
 
 @command
@@ -71,16 +75,14 @@ def plan(
 ) -> Mapping[str, Any]:
     """Tell the bill of annotate beforehand: hours, bytes, rejects, and what each encoding costs and loses."""
     settings = annotate_settings(locals())
-    from pseudolabel.engines.local import LocalEngine, resolve_device
     from pseudolabel.plan import plan
-    from pseudolabel.shard_lists import list_shards, slice_shards
-    from pseudolabel.teachers import parse_teachers
 
+    listed, asked, engine = _work(shards, part_of, teacher, class_map, device, workers)
     with Display() as display:
         result = plan(
-            slice_shards(list_shards(shards), part_of),
-            parse_teachers(teacher, class_map),
-            engine=LocalEngine(resolve_device(device), workers),
+            listed,
+            asked,
+            engine=engine,
             settings=settings,
             out=out,
             probe_shards=probe_shards,
@@ -125,17 +127,13 @@ def annotate(
     if workers != 1:
         fork_server()
     from pseudolabel.annotate import annotate
-    from pseudolabel.engines.local import LocalEngine, resolve_device
-    from pseudolabel.shard_lists import list_shards, slice_shards
-    from pseudolabel.teachers import parse_teachers
 
-    listed = slice_shards(list_shards(shards), part_of)
-    engine = LocalEngine(resolve_device(device), workers)
+    listed, asked, engine = _work(shards, part_of, teacher, class_map, device, workers)
     with Display() as display:
         display.begin_annotating(listed)
         result = annotate(
             listed,
-            parse_teachers(teacher, class_map),
+            asked,
             out,
             engine=engine,
             settings=settings,
@@ -146,6 +144,19 @@ def annotate(
     stages = ", ".join(f"{stage} {share:.0%}" for stage, share in result.stages.items())
     print_pairs({**found, "stages": stages}, for_people(as_json))
     return found
+
+
+def _work(
+    shards: list[str], part_of: str | None, teacher: list[str], class_map: Path | None, device: str, workers: int | None
+) -> tuple[list[Shard], Teacher, Engine]:
+    """What is to be labeled, by whom and where: said to plan as to annotate."""
+    from pseudolabel.engines.local import LocalEngine, resolve_device
+    from pseudolabel.shard_lists import list_shards, slice_shards
+    from pseudolabel.teachers import parse_teachers
+
+    listed = slice_shards(list_shards(shards), part_of)
+    engine = LocalEngine(resolve_device(device), workers)
+    return listed, parse_teachers(teacher, class_map), engine
 
 
 @command
