@@ -45,7 +45,7 @@ from pseudolabel.interfaces import LoadedTeacher
 from pseudolabel.labeling import settle
 from pseudolabel.precision import autocast
 from pseudolabel.settings import AnnotateSettings
-from pseudolabel.shards import Shard, list_shards
+from pseudolabel.shard_lists import Shard, list_shards
 from pseudolabel.teachers import parse_teacher
 from pseudolabel.views.augment import preprocessings
 from pseudolabel.views.image import PrepareFor

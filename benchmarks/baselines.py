@@ -18,7 +18,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from pseudolabel.engines.local import available_cores
-from pseudolabel.shards import Shard, read_samples
+from pseudolabel.shard_lists import Shard
+from pseudolabel.shards import read_samples
 from pseudolabel.teachers import parse_teacher
 
 FIELDS = "jpg;png"

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from pseudolabel.checkpoint import ModelCard, save_model
 from pseudolabel.demo import bundled
-from pseudolabel.shards import Shard, read_samples, write_shard
+from pseudolabel.shard_lists import Shard
+from pseudolabel.shards import read_samples, write_shard
 from pseudolabel.views.image import Preprocessing, square
 
 GARMENTS = square(28, 1)

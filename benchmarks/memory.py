@@ -19,7 +19,7 @@ import made
 import setup
 
 from pseudolabel.demo import pack_bundled
-from pseudolabel.shards import list_shards
+from pseudolabel.shard_lists import list_shards
 
 _ONE_RUN = """
 import json, resource, sys

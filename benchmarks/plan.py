@@ -31,7 +31,8 @@ from pseudolabel.demo import pack_bundled
 from pseudolabel.engines.local import LocalEngine
 from pseudolabel.plan import plan
 from pseudolabel.settings import AnnotateSettings
-from pseudolabel.shards import Shard, list_shards, write_shard
+from pseudolabel.shard_lists import Shard, list_shards
+from pseudolabel.shards import write_shard
 
 COLUMNS = ("bytes", "time", "rate", "annotate twice", "plan ÷ annotate")
 

@@ -41,7 +41,7 @@ from pseudolabel.loop import TrainingLoop
 from pseudolabel.pack import pack
 from pseudolabel.rundir import RunDirectory
 from pseudolabel.settings import AnnotateSettings, AugmentSettings, TrainSettings
-from pseudolabel.shards import list_shards
+from pseudolabel.shard_lists import list_shards
 from pseudolabel.teachers import parse_teacher
 from pseudolabel.train import preprocessing_of
 

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from pseudolabel.evaluate import evaluate
 from pseudolabel.pack import pack
 from pseudolabel.settings import AugmentSettings, TrainSettings
-from pseudolabel.shards import list_shards
+from pseudolabel.shard_lists import list_shards
 from pseudolabel.sources import read_idx
 from pseudolabel.train import train
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from pseudolabel.rounds import run as run
     from pseudolabel.settings import AnnotateSettings as AnnotateSettings
     from pseudolabel.settings import TrainSettings as TrainSettings
-    from pseudolabel.shards import list_shards as list_shards
+    from pseudolabel.shard_lists import list_shards as list_shards
     from pseudolabel.shards import read_samples as read_samples
     from pseudolabel.teachers import parse_teacher as parse_teacher
     from pseudolabel.teachers import parse_teachers as parse_teachers
@@ -62,7 +62,7 @@ _HOME = {
     "run": "rounds",
     "AnnotateSettings": "settings",
     "TrainSettings": "settings",
-    "list_shards": "shards",
+    "list_shards": "shard_lists",
     "read_samples": "shards",
     "parse_teacher": "teachers",
     "parse_teachers": "teachers",

@@ -30,7 +30,7 @@ from pseudolabel.labeling import AnnotateWork, Progress, annotate_shard, identif
 from pseudolabel.labels import store
 from pseudolabel.labels.schema import PartInfo
 from pseudolabel.settings import AnnotateSettings
-from pseudolabel.shards import Shard, ShardsLike, as_shards
+from pseudolabel.shard_lists import Shard, ShardsLike, as_shards
 from pseudolabel.stages import STAGES, bottleneck, shares
 from pseudolabel.teachers import parse_teacher
 

@@ -11,7 +11,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from pseudolabel.errors import SpecError
+from pseudolabel import storage
+from pseudolabel.errors import RecipeError, SpecError
 
 
 def read_lines(path: str | Path, what: str) -> tuple[str, ...]:
@@ -51,3 +52,18 @@ def parse_names(text: str, source: str) -> tuple[str, ...]:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise SpecError(f"{source}: its class names must be a JSON list of strings")
     return tuple(names)
+
+
+def read_classes(path: str | Path) -> tuple[str, ...]:
+    """Class names, one a line. Raises `RecipeError`."""
+    file = storage.local_path(path)
+    try:
+        names = tuple(line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{file}: can't read class names: {error}") from error
+    if not names or len(set(names)) != len(names):
+        raise RecipeError(
+            f"{file}: class names must be one a line, each once; found {len(names)}, "
+            f"{len(set(names))} of them different"
+        )
+    return names

@@ -17,7 +17,8 @@ from pseudolabel.decoding import DecodedBatch, Decoding, ShardEnd, decode_sample
 from pseudolabel.errors import DamagedShard, StorageError, WorkerDied
 from pseudolabel.forkserver import fork_server
 from pseudolabel.processes import become_helper
-from pseudolabel.shards import Shard, ShardFile
+from pseudolabel.shard_lists import Shard
+from pseudolabel.shards import ShardFile
 
 _AHEAD = 4  # pieces that each process may have in hand
 Entry = DecodedBatch | ShardEnd | DamagedShard

@@ -15,8 +15,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from pseudolabel.class_numbers import read_class
 from pseudolabel.errors import DamagedShard, StorageError
-from pseudolabel.shards import Shard, ShardFile
+from pseudolabel.shard_lists import Shard
+from pseudolabel.shards import ShardFile
 from pseudolabel.views.draw import CLEAN, View
 from pseudolabel.views.image import decode, image_field
 
@@ -137,13 +139,10 @@ def _decode_one(opened: ShardFile, index: int, decoding: Decoding) -> Reject | t
 
 def label_of(opened: ShardFile, index: int) -> int | None:
     """A sample's own `cls`, if it has one. Raises `ValueError` if it is no class number."""
-    if "cls" not in opened.field_names(index):
-        return None
-    data = opened.read(index, "cls")
-    text = data.decode(errors="replace").strip()
-    if not (text.isascii() and text.isdecimal()) or int(text) >= 1 << 31:
-        raise ValueError(f"cls is {text[:40]!r}, not a class number")
-    return int(text)
+    label = read_class(opened, index)
+    if isinstance(label, str):
+        raise ValueError(f"cls is {label!r}, not a class number")
+    return label
 
 
 def ahead(source: Iterator[Entry]) -> Generator[Entry, None, None]:

@@ -14,7 +14,8 @@ from pseudolabel import storage
 from pseudolabel.errors import OutputExists, RecipeError, StorageError
 from pseudolabel.pack import pack
 from pseudolabel.recipe import Recipe, load_recipe
-from pseudolabel.rounds import Place, RunResult, Watcher, run
+from pseudolabel.rounds import Place, Watcher, run
+from pseudolabel.run_result import RunResult
 from pseudolabel.specs import Spec, nearest
 
 _PACKAGE = Path(__file__).parent

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pseudolabel.labeling import Progress as AnnotateProgress
     from pseudolabel.loop import TrainProgress
     from pseudolabel.plan import Plan
-    from pseudolabel.shards import Shard
+    from pseudolabel.shard_lists import Shard
 
 _FEW_STEPS = 100
 _QUIET_SECONDS = 10.0  # without a terminal, a line this often

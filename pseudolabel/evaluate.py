@@ -15,7 +15,7 @@ from pseudolabel.checkpoint import load_model
 from pseudolabel.errors import StoreMismatch
 from pseudolabel.inputs import check_annotated, check_labeled, check_names
 from pseudolabel.labels.store import Store, open_store
-from pseudolabel.shards import Shard, ShardsLike, as_shards
+from pseudolabel.shard_lists import Shard, ShardsLike, as_shards
 from pseudolabel.validate import labeled_batches
 
 ECE_BINS = 15

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
+from pseudolabel.class_numbers import MAX_CLASSES, read_class
 from pseudolabel.errors import LabelError, StoreMismatch
 from pseudolabel.labels.schema import PartInfo
 from pseudolabel.labels.store import Store
-from pseudolabel.shards import Shard, ShardFile
-
-MAX_CLASSES = 1 << 20
+from pseudolabel.shard_lists import Shard
+from pseudolabel.shards import ShardFile
 
 
 @dataclass(frozen=True)
@@ -162,19 +162,19 @@ def _is_annotated(shard: TrainingShard, store: Store) -> bool:
 def read_label(opened: ShardFile, index: int, num_classes: int | None = None) -> int:
     """A labeled sample's class. Raises `LabelError` if it has none, or one that is no class number or out of range."""
     where = f"{opened.shard.path}: sample {opened.keys[index]!r}"
-    if "cls" not in opened.field_names(index):
+    label = read_class(opened, index)
+    if label is None:
         raise LabelError(
             f"{where} has no label (no `cls` file); pack the labeled set with labels, or pass it as --unlabeled"
         )
-    text = opened.read(index, "cls").decode(errors="replace").strip()
-    if not (text.isascii() and text.isdecimal() and len(text) <= 10) or int(text) >= 1 << 31:
-        raise LabelError(f"{where}: its label is {text[:40]!r}; a class number from 0 is wanted")
-    if num_classes is not None and int(text) >= num_classes:
+    if isinstance(label, str):
+        raise LabelError(f"{where}: its label is {label!r}; a class number from 0 is wanted")
+    if num_classes is not None and label >= num_classes:
         raise LabelError(
-            f"{where}: its label is {text}, but there are {num_classes} classes (0 to "
+            f"{where}: its label is {label}, but there are {num_classes} classes (0 to "
             f"{num_classes - 1}); mend the label or --num-classes"
         )
-    return int(text)
+    return label
 
 
 def check_labeled(shards: Sequence[Shard], num_classes: int | None) -> tuple[list[TrainingShard], int]:

@@ -35,7 +35,7 @@ from pseudolabel.labels.part import AnnotatedShard, PartBuilder
 from pseudolabel.labels.store import Store, StoreIdentity
 from pseudolabel.precision import resolve_precision
 from pseudolabel.settings import AnnotateSettings
-from pseudolabel.shards import Shard
+from pseudolabel.shard_lists import Shard
 from pseudolabel.stages import Stages
 from pseudolabel.views.augment import ViewPlan, preprocessings
 from pseudolabel.views.image import PrepareFor

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -135,3 +135,21 @@ def _fields_at(kind: type[BaseModel], path: Sequence[str]) -> list[str]:
         options = [annotation, *getattr(annotation, "__args__", ())]
         kind = next(one for one in options if isinstance(one, type) and issubclass(one, BaseModel))
     return list(kind.model_fields)
+
+
+def differences(there: str, here: str) -> list[str]:
+    """A line per value that two recipes don't share."""
+    try:
+        old, new = (dict(_flat(tomllib.loads(text))) for text in (there, here))
+    except tomllib.TOMLDecodeError as error:
+        return [f"its recipe.toml can't be read ({error})"]
+    names = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+    return [f"{name}: {old.get(name, 'not set')} there, {new.get(name, 'not set')} now" for name in names]
+
+
+def _flat(tables: dict[str, Any], where: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tables.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{where}{name}.")
+        else:
+            yield f"{where}{name}", value

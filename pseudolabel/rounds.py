@@ -18,8 +18,6 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-import tomllib
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,43 +27,20 @@ import tomli_w
 from pseudolabel import specs, storage
 from pseudolabel.annotate import Progress, annotate
 from pseudolabel.checkpoint import read_card
+from pseudolabel.class_names import read_classes
 from pseudolabel.engines import default_engine
-from pseudolabel.errors import OutputExists, RecipeError
+from pseudolabel.errors import OutputExists
 from pseudolabel.evaluate import evaluate
 from pseudolabel.interfaces import Engine, Teacher
 from pseudolabel.labels.store import open_store
 from pseudolabel.loop import TrainProgress
-from pseudolabel.recipe import Recipe
+from pseudolabel.recipe import Recipe, differences
+from pseudolabel.run_result import Round, RunResult, table
 from pseudolabel.settings import TrainSettings
-from pseudolabel.shards import Shard, list_shards, shard_sha256
+from pseudolabel.shard_lists import Shard, list_shards
+from pseudolabel.shards import shard_sha256
 from pseudolabel.teachers import parse_teachers
 from pseudolabel.train import TrainResult, train
-
-
-@dataclass(frozen=True)
-class Round:
-    """One row of the table: a round, or with number 0 the first teacher or the control."""
-
-    round: int
-    teacher: str
-    student: str
-    parameters: int
-    val_accuracy: float | None
-    test_accuracy: float | None
-    seconds: float
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """What a recipe gave. `control` is the same student trained on the labels alone; None if the recipe asks for
-    none.
-    """
-
-    out: str
-    rounds: tuple[Round, ...]
-    control: Round | None
-    teacher: Round | None
-    seconds: float
 
 
 class Watcher(Protocol):
@@ -168,7 +143,7 @@ class _Pipeline:
             if text_there != text:
                 raise OutputExists(
                     f"{self.out}: holds the run of another recipe; what differs:\n"
-                    + "\n".join(f"  {line}" for line in _differences(text_there, text)[:2])
+                    + "\n".join(f"  {line}" for line in differences(text_there, text)[:2])
                     + "\nchoose another --out, or the old recipe"
                 )
             return
@@ -289,24 +264,6 @@ def _done(run: Path) -> str:
     return ": done already" if (run / "run.json").exists() else ""
 
 
-def _differences(there: str, here: str) -> list[str]:
-    """A line per value that two recipes don't share."""
-    try:
-        old, new = (dict(_flat(tomllib.loads(text))) for text in (there, here))
-    except tomllib.TOMLDecodeError as error:
-        return [f"its recipe.toml can't be read ({error})"]
-    names = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
-    return [f"{name}: {old.get(name, 'not set')} there, {new.get(name, 'not set')} now" for name in names]
-
-
-def _flat(tables: dict[str, Any], where: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in tables.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{where}{name}.")
-        else:
-            yield f"{where}{name}", value
-
-
 def _as_teacher(run: Path, student: str) -> str:
     """The spec of a run's student as the next teacher. The recipe named its code, so it may run."""
     trust = (("trust_code", True),) if student.startswith("python:") else ()
@@ -320,36 +277,3 @@ def _read_evaluation(path: Path, inputs: dict[str, Any]) -> float | None:
         return float(known["accuracy"]) if {name: known[name] for name in inputs} == inputs else None
     except (OSError, ValueError, KeyError, TypeError):
         return None  # none there, or not ours: it is measured anew
-
-
-def read_classes(path: str | Path) -> tuple[str, ...]:
-    """Class names, one a line. Raises `RecipeError`."""
-    file = storage.local_path(path)
-    try:
-        names = tuple(line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"{file}: can't read class names: {error}") from error
-    if not names or len(set(names)) != len(names):
-        raise RecipeError(
-            f"{file}: class names must be one a line, each once; found {len(names)}, "
-            f"{len(set(names))} of them different"
-        )
-    return names
-
-
-def table(result: RunResult) -> list[dict[str, Any]]:
-    """The final table's rows: teacher, rounds, control, with the gain over the control."""
-    named = [
-        ("teacher", result.teacher),
-        *((f"round {row.round}", row) for row in result.rounds),
-        ("control", result.control),
-    ]
-    base = result.control.test_accuracy if result.control is not None else None
-    rows = []
-    for name, row in named:
-        if row is not None:
-            gain = (
-                None if base is None or row.test_accuracy is None or row is result.control else row.test_accuracy - base
-            )
-            rows.append({"name": name, **asdict(row), "gain": gain})
-    return rows

@@ -4,7 +4,6 @@ lazily.
 
 from __future__ import annotations
 
-import csv
 import gzip
 import io
 import math
@@ -21,13 +20,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pseudolabel.columns import csv_columns, number_labels, parquet_columns
 from pseudolabel.errors import SourceError
 from pseudolabel.shards import IMAGE_FIELDS
 
 _MAGIC = {b"\xff\xd8\xff": "jpg", b"\x89PNG": "png", b"GIF8": "gif", b"BM": "bmp", b"II*\0": "tif", b"MM\0*": "tif"}
 _PATH_COLUMNS = ("path", "file", "filename", "filepath", "file_name", "image_path")
 _BYTES_COLUMNS = ("image", "bytes", "img", "jpg", "png", "data", "content")
-_MAX_CLASSES = 1 << 20
 _LABEL_COLUMNS = ("label", "class", "cls", "target", "y")
 
 
@@ -60,9 +59,9 @@ def read_source(source: Path, *, image_column: str | None = None, label_column: 
         return _idx(idx[0]) if idx else _folder(source)
     suffix = source.suffix.lower()
     if suffix in (".csv", ".tsv"):
-        return _table(source, _csv_columns(source, "\t" if suffix == ".tsv" else ","), image_column, label_column)
+        return _table(source, csv_columns(source, "\t" if suffix == ".tsv" else ","), image_column, label_column)
     if suffix in (".parquet", ".pq"):
-        return _table(source, _parquet_columns(source), image_column, label_column)
+        return _table(source, parquet_columns(source), image_column, label_column)
     if "idx" in source.name or "ubyte" in source.name:
         return _idx(source)
     raise SourceError(f"{source}: not an image folder, .csv, .parquet or IDX file")
@@ -112,34 +111,6 @@ def _file_reader(path: Path) -> Callable[[], tuple[str, bytes]]:
     return read
 
 
-def _csv_columns(path: Path, delimiter: str) -> dict[str, list[Any]]:
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = csv.DictReader(file, delimiter=delimiter, strict=True)
-            columns: dict[str, list[Any]] = {name: [] for name in rows.fieldnames or ()}
-            for row in rows:
-                if None in row or None in row.values():
-                    raise SourceError(
-                        f"{path}: line {rows.line_num} has another number of fields than the header's {len(columns)}"
-                    )
-                for name, value in row.items():
-                    columns[name].append(value)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise SourceError(f"{path}: can't be read as CSV: {error}") from error
-    return columns
-
-
-def _parquet_columns(path: Path) -> dict[str, list[Any] | Any]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        table = pq.read_table(path)
-    except (OSError, pa.ArrowException) as error:
-        raise SourceError(f"{path}: can't be read as Parquet: {str(error).splitlines()[0]}") from error
-    return {name: table[name] for name in table.column_names}
-
-
 def _table(path: Path, columns: dict[str, Any], image_column: str | None, label_column: str | None) -> Source:
     image = _choose(path, columns, image_column, (*_PATH_COLUMNS, *_BYTES_COLUMNS), "image")
     if image is None:
@@ -157,7 +128,7 @@ def _table(path: Path, columns: dict[str, Any], image_column: str | None, label_
     values = columns[image]
     if len(values) == 0:
         raise SourceError(f"{path}: has no rows")
-    labels, classes = _labels(path, columns[label]) if label is not None else ([None] * len(values), ())
+    labels, classes = number_labels(path, columns[label]) if label is not None else ([None] * len(values), ())
     keys, readers = [], []
     for row in range(len(values)):
         key, reader = _cell(path, row, values)
@@ -211,39 +182,6 @@ def _sniff(where: str, data: bytes) -> str:
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "webp"
     raise SourceError(f"{where}: these {len(data)} bytes are no JPEG, PNG, WebP, GIF, BMP or TIFF image")
-
-
-def _labels(path: Path, column: Any) -> tuple[list[int | None], list[str]]:
-    """Numbers stay as they are, names are numbered in sorted order; empty cells have no label."""
-    values = column.to_pylist() if hasattr(column, "to_pylist") else list(column)
-    values = [None if value in (None, "") or value != value else value for value in values]  # NaN is not itself
-    present = [value for value in values if value is not None]
-    try:
-        numbers = [_whole(value) for value in present if not isinstance(value, float) or value.is_integer()]
-    except ValueError:
-        numbers = []
-    except TypeError as error:
-        raise SourceError(f"{path}: a label is neither a number nor a name: {error}") from error
-    if len(numbers) == len(present):
-        if min(numbers, default=0) < 0:
-            raise SourceError(
-                f"{path}: a label is {min(numbers)}; class numbers start at 0 (leave the cell empty "
-                "where there is no label)"
-            )
-        if max(numbers, default=0) >= _MAX_CLASSES:
-            raise SourceError(f"{path}: a label is {max(numbers)}: are these ids? choose another --label-column")
-        classes = [str(index) for index in range(max(numbers, default=-1) + 1)]
-        return [None if value is None else _whole(value) for value in values], classes
-    names = sorted({str(value) for value in present})
-    number = {name: index for index, name in enumerate(names)}
-    return [None if value is None else number[str(value)] for value in values], names
-
-
-def _whole(value: Any) -> int:
-    """A class number. Raises `ValueError` for text that only int() takes for one: 1_0 is a name."""
-    if isinstance(value, str) and not (value.strip().removeprefix("-").isdecimal() and value.isascii()):
-        raise ValueError(value)
-    return int(value)
 
 
 def _idx(path: Path) -> Source:

@@ -28,7 +28,7 @@ from pseudolabel.labels.store import Store, open_store
 from pseudolabel.loop import TrainingLoop, TrainProgress
 from pseudolabel.rundir import RunDirectory
 from pseudolabel.settings import TrainSettings
-from pseudolabel.shards import ShardsLike, as_shards
+from pseudolabel.shard_lists import ShardsLike, as_shards
 from pseudolabel.validate import Validation
 from pseudolabel.views.image import Preprocessing, square
 

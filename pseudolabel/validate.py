@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pseudolabel.decoding import Decoding, ShardEnd, ahead, decode_shards
 from pseudolabel.errors import DamagedShard, LabelError
 from pseudolabel.inputs import check_labeled
-from pseudolabel.shards import Shard
+from pseudolabel.shard_lists import Shard
 from pseudolabel.views.image import PrepareFor, Preprocessing
 
 _BATCH = 256

@@ -9,13 +9,31 @@ from __future__ import annotations
 import contextlib
 import pickle
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pseudolabel.errors import SpecError
+from pseudolabel.specs import Spec
+
+
+def weight_arguments(
+    spec: Spec, names: Iterable[str] = (), *, whole: Mapping[str, int] | None = None, published: str = ""
+) -> dict[str, Any]:
+    """The arguments of a source with published weights: `pretrained=false` makes random ones from `seed`,
+    `weights_file` takes others. `names` and `whole` (numbers, from their least) are the source's own; `published` says
+    how its weights are named. Raises `SpecError`.
+    """
+    whole = whole or {}
+    args = spec.only((*names, "pretrained", "weights_file", *whole, "seed"), whole={**whole, "seed": 0})
+    if not isinstance(args.get("pretrained", True), bool):
+        raise SpecError(f"{spec}: pretrained must be true or false{published and '; '}{published}")
+    if args.get("pretrained") is False and "weights_file" in args:
+        raise SpecError(f"{spec}: pretrained=false makes random weights; drop it or weights_file=")
+    return args
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:

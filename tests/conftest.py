@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -15,10 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from commands import Invoke, Refuse, annotated
 from hypothesis import settings
 from PIL import Image
 
 from pseudolabel.checkpoint import ModelCard, save_model
+from pseudolabel.cli import main
 from pseudolabel.shards import write_shard
 from pseudolabel.views.image import square
 
@@ -131,3 +134,69 @@ def wait_until_gone(group: int) -> None:
 @pytest.fixture
 def cli(tmp_path: Path) -> Cli:
     return Cli(tmp_path)
+
+
+@pytest.fixture
+def invoke(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Invoke:
+    """Run the entry point in this process: exit code, stdout, stderr."""
+
+    def run(*args: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["pseudolabel", *map(str, args)])
+        capsys.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def answer(invoke: Invoke) -> Callable[..., dict[str, Any]]:
+    """Run with --json; the object that is on stdout, and nothing else is."""
+
+    def run(*args: object) -> dict[str, Any]:
+        code, out, err = invoke(*args, "--json")
+        assert code == 0, (out, err)
+        assert out.count("\n") == 1
+        found: dict[str, Any] = json.loads(out)
+        return found
+
+    return run
+
+
+@pytest.fixture
+def refuse(invoke: Invoke) -> Refuse:
+    """Run a command that must fail with a known error, for people and for scripts: the same one to five lines."""
+
+    def run(*args: object, kind: str, said: str) -> str:
+        code, out, err = invoke(*args)
+        assert (code, out) == (1, ""), (code, out, err)
+        assert "Traceback" not in err
+        shown = err[err.index("error: ") :].removeprefix("error: ").rstrip("\n")
+        code, out, err = invoke(*args, "--json")
+        assert (code, out.count("\n")) == (1, 1), (code, out, err)
+        error = json.loads(out)["error"]
+        assert error["kind"] == kind, error
+        assert error["message"] == shown
+        assert 1 <= len(shown.splitlines()) <= 5, shown
+        assert re.search(said, shown), shown
+        return shown
+
+    return run
+
+
+@pytest.fixture
+def store(tmp_path: Path, corpus: Path, teacher_dir: Path) -> Path:
+    """The corpus's unlabeled shards, annotated by a random teacher of four classes."""
+    return annotated(corpus / "unlabeled", teacher_dir, tmp_path / "store")
+
+
+@pytest.fixture
+def whole(tmp_path: Path) -> Path:
+    """Five samples, of which one has an extended header for its long name."""
+    samples = [(f"key-{index}", {"png": bytes([index]) * (300 * index), "cls": b"%d" % index}) for index in range(4)]
+    write_shard(tmp_path / "whole.tar", [*samples, ("long/" * 40 + "k", {"png": b"x" * 600})])
+    return tmp_path / "whole.tar"

@@ -34,7 +34,7 @@ from pseudolabel.labels.verify import verify
 from pseudolabel.recipe import load_recipe
 from pseudolabel.rounds import Place, run
 from pseudolabel.settings import AnnotateSettings, AugmentSettings, TrainSettings
-from pseudolabel.shards import list_shards
+from pseudolabel.shard_lists import list_shards
 from pseudolabel.teachers import parse_teachers
 from pseudolabel.train import train
 

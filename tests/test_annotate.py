@@ -19,7 +19,8 @@ from pseudolabel.engines.local import LocalEngine
 from pseudolabel.errors import DamagedShard, SpecError, StoreMismatch, TooManyRejects
 from pseudolabel.labels.store import open_store
 from pseudolabel.settings import AnnotateSettings
-from pseudolabel.shards import list_shards, read_samples, write_shard
+from pseudolabel.shard_lists import list_shards
+from pseudolabel.shards import read_samples, write_shard
 from pseudolabel.teachers import parse_teacher, parse_teachers
 from pseudolabel.views.image import decode
 

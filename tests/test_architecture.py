@@ -13,8 +13,9 @@ MODULES = {
     for path in ROOT.rglob("*.py")
 }
 IMPLEMENTATIONS = {name for name in MODULES if name.startswith(("teachers.", "engines."))}
-VERBS = {"pack", "plan", "annotate", "train", "evaluate", "labels.verify", "labels.summary"}
-OUTER = {"cli", "rounds", "demo", "display", "__main__"}
+VERBS = {"pack", "annotate", "train", "evaluate", "labels.verify", "labels.summary"}
+VERBS |= {name for name in MODULES if name.split(".")[0] == "plan"}
+OUTER = {"rounds", "demo", "display", "__main__"} | {name for name in MODULES if name.split(".")[0] == "cli"}
 
 
 def imports_of(name: str) -> set[str]:

@@ -19,7 +19,8 @@ from pseudolabel.labels.store import open_store
 from pseudolabel.labels.verify import verify
 from pseudolabel.pack import pack
 from pseudolabel.settings import AnnotateSettings, TrainSettings
-from pseudolabel.shards import list_shards, write_shard
+from pseudolabel.shard_lists import list_shards
+from pseudolabel.shards import write_shard
 from pseudolabel.teachers import parse_teacher
 from pseudolabel.train import train
 

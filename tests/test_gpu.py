@@ -13,7 +13,7 @@ from pseudolabel.engines.local import LocalEngine
 from pseudolabel.evaluate import evaluate
 from pseudolabel.labels.store import Store, open_store
 from pseudolabel.settings import AnnotateSettings, TrainSettings
-from pseudolabel.shards import list_shards
+from pseudolabel.shard_lists import list_shards
 from pseudolabel.teachers import parse_teacher
 from pseudolabel.train import train
 

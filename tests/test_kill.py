@@ -15,7 +15,8 @@ from conftest import REPOSITORY, Cli, image_bytes, make_model, wait_until_gone
 
 from pseudolabel.labels.store import open_store
 from pseudolabel.labels.verify import verify
-from pseudolabel.shards import list_shards, write_shard
+from pseudolabel.shard_lists import list_shards
+from pseudolabel.shards import write_shard
 
 
 @pytest.mark.timeout(900)

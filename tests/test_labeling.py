@@ -25,7 +25,8 @@ from pseudolabel.labels.store import open_store
 from pseudolabel.labels.verify import verify
 from pseudolabel.replay import replay
 from pseudolabel.settings import AnnotateSettings
-from pseudolabel.shards import Shard, list_shards, write_shard
+from pseudolabel.shard_lists import Shard, list_shards
+from pseudolabel.shards import write_shard
 from pseudolabel.stages import Stages, bottleneck
 from pseudolabel.teachers import parse_teacher, parse_teachers
 from pseudolabel.views.image import PrepareFor, Preprocessing, decode, square

@@ -17,15 +17,16 @@ import pytest
 from conftest import Cli, image_bytes, make_model
 
 from pseudolabel.annotate import annotate
-from pseudolabel.census import draw, take_census
 from pseudolabel.demo import bundled, pack_bundled
 from pseudolabel.engines.local import LocalEngine
 from pseudolabel.errors import DamagedShard, ShardListError, SpecError, StoreMismatch
-from pseudolabel.estimates import effective, makespan, mean_interval, t_quantile, wilson
 from pseudolabel.plan import EncodingPlan, Plan, plan, recommend
-from pseudolabel.probe import doubling
+from pseudolabel.plan.census import draw, take_census
+from pseudolabel.plan.estimates import effective, makespan, mean_interval, t_quantile, wilson
+from pseudolabel.plan.probe import doubling
 from pseudolabel.settings import AnnotateSettings
-from pseudolabel.shards import list_shards, read_samples, write_shard
+from pseudolabel.shard_lists import list_shards
+from pseudolabel.shards import read_samples, write_shard
 
 MakeShard = Callable[..., Path]
 TIMES = {"seconds", "startup_seconds", "samples_per_second", "device_hours", "probe_seconds"}

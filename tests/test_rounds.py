@@ -18,8 +18,10 @@ from pseudolabel.evaluate import evaluate
 from pseudolabel.labels.store import open_store
 from pseudolabel.recipe import Recipe, load_recipe
 from pseudolabel.report import write_report
-from pseudolabel.rounds import Place, RunResult, run, table
-from pseudolabel.shards import list_shards, read_samples, write_shard
+from pseudolabel.rounds import Place, run
+from pseudolabel.run_result import RunResult, table
+from pseudolabel.shard_lists import list_shards
+from pseudolabel.shards import read_samples, write_shard
 from pseudolabel.teachers import parse_teacher
 
 PLACE = Place(LocalEngine("cpu", 1), threads=1)

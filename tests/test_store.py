@@ -22,7 +22,8 @@ from pseudolabel.labels.store import Store, StoreIdentity
 from pseudolabel.labels.summary import summarize_store
 from pseudolabel.labels.verify import verify
 from pseudolabel.settings import AnnotateSettings
-from pseudolabel.shards import Shard, write_shard
+from pseudolabel.shard_lists import Shard
+from pseudolabel.shards import write_shard
 from pseudolabel.teachers import parse_teacher
 
 FIXTURE = Path(__file__).parent / "fixtures" / "store-v1"

@@ -25,7 +25,8 @@ from pseudolabel.losses import NO_LABEL
 from pseudolabel.optim import learning_rate
 from pseudolabel.order import RowOrder
 from pseudolabel.settings import AnnotateSettings, AugmentSettings, TrainSettings
-from pseudolabel.shards import list_shards, write_shard
+from pseudolabel.shard_lists import list_shards
+from pseudolabel.shards import write_shard
 from pseudolabel.students import build_student
 from pseudolabel.teachers import parse_teacher
 from pseudolabel.train import TrainResult, train

@@ -7,76 +7,40 @@ against their images.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import math
 import os
 import pickle
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from conftest import REPOSITORY, Cli, image_bytes, make_model
-from hypothesis import given
-from hypothesis import strategies as st
-from PIL import Image, ImageOps
+from conftest import REPOSITORY
+from PIL import Image
 from torch import Tensor
+from viewing import CPU, PROJECTION, SCALE, SIZES, THREE, images_of, label, picture
 
 from pseudolabel.annotate import annotate
 from pseudolabel.engines.local import LocalEngine
-from pseudolabel.errors import RecipeError, SpecError, StoreError, StoreMismatch
+from pseudolabel.errors import SpecError, StoreMismatch
 from pseudolabel.evaluate import evaluate
 from pseudolabel.inputs import check_annotated
-from pseudolabel.labeling import annotate_shard, identify
-from pseudolabel.labels import schema
-from pseudolabel.labels.store import Store, StoreIdentity, open_store
+from pseudolabel.labeling import annotate_shard
+from pseudolabel.labels.store import StoreIdentity, open_store
 from pseudolabel.labels.summary import summarize_store
 from pseudolabel.labels.verify import verify
-from pseudolabel.recipe import validate
 from pseudolabel.replay import open_replay, replay
 from pseudolabel.settings import AnnotateSettings, AugmentSettings, TrainSettings
-from pseudolabel.shards import Shard, list_shards, read_samples, write_shard
+from pseudolabel.shard_lists import Shard, list_shards
+from pseudolabel.shards import write_shard
 from pseudolabel.teachers import parse_teacher, parse_teachers
 from pseudolabel.train import train
-from pseudolabel.views.augment import ViewPlan, apply_view, library_versions, preprocessings
-from pseudolabel.views.draw import CLEAN, View, draw_view, uniforms
-from pseudolabel.views.image import Preprocessing, decode, image_field, resize, square
-from pseudolabel.views.photometric import parse_policy
-
-CPU = torch.device("cpu")
-SCALE = (0.25, 1.0)
-SIZES = [(1, 1), (1, 5000), (5000, 3), (23, 37), (28, 28)]
-THREE = AnnotateSettings(precision="fp32", views=3, view_seed=7, view_policy="randaugment:2+erase", batch_size=7)
-
-# A real model whose logits are a fixed random projection of all pixels: other pixels, other logits.
-PROJECTION = """
-import torch
-class Projection(torch.nn.Module):
-    classes = ("a", "b", "c", "d", "e")
-    def __init__(self, channels, size):
-        super().__init__()
-        self.preprocessing = dict(resize=size + 2, crop=size, mean=[0.4] * channels, std=[0.2] * channels)
-        weight = torch.randn(5, channels * size * size, generator=torch.Generator().manual_seed(0))
-        self.weight = torch.nn.Parameter(weight / size)
-    def forward(self, x):
-        return (x.flatten(1)[:, None] * self.weight).sum(-1)  # row by row: the batch doesn't show
-def make(channels="3", size="10"):
-    return Projection(int(channels), int(size))
-"""
-
-
-def picture(height: int, width: int, mode: str = "RGB", seed: int = 0, kind: str = "PNG") -> bytes:
-    return image_bytes(seed, (width, height), mode, kind)
-
-
-def pixels_of(height: int, width: int, channels: int = 3, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (channels, height, width), dtype=torch.uint8, generator=generator)
+from pseudolabel.views.augment import apply_view, library_versions, preprocessings
+from pseudolabel.views.draw import View, draw_view
+from pseudolabel.views.image import decode, resize, square
 
 
 @pytest.fixture
@@ -100,269 +64,6 @@ def shards(tmp_path: Path) -> list[Shard]:
         samples.insert(4, (f"{name}/broken", {"png": b"broken"}))
         write_shard(tmp_path / "shards" / f"{name}.tar", samples)
     return list_shards(tmp_path / "shards")
-
-
-def label(shards: list[Shard], out: Path, spec: str, settings: AnnotateSettings = THREE, workers: int = 1) -> Store:
-    annotate(
-        shards,
-        parse_teachers([spec]),
-        out,
-        engine=LocalEngine("cpu", workers),
-        settings=settings,
-        max_reject_fraction=1.0,
-    )
-    return open_store(out)
-
-
-def images_of(shard: Shard) -> dict[str, bytes]:
-    return {sample.key: sample.fields[image_field(sample.fields)] for sample in read_samples(shard)}
-
-
-# ---------------------------------------------------------------------------------- drawing
-
-
-UNIFORMS = [0.9039259094848828, 0.2842982946348752, 0.7418085603735591]
-DRAWN = {
-    ("a/0", 1, 23, 37): View(1, (2 / 23, 0.0, 20 / 23, 16 / 37), True, 3168087279379814),
-    ("a/0", 2, 23, 37): View(2, (0.0, 13 / 37, 19 / 23, 17 / 37), False, 7331640038405092),
-    ("ü", 1, 500, 375): View(1, (112 / 500, 19 / 375, 377 / 500, 343 / 375), True, 8586707229121662),
-    ("k", 1, 1, 5000): View(1, (0.0, 2499 / 5000, 1.0, 1 / 5000), False, 5921200596924224),
-}
-COLOURS = (
-    [("brightness", 85837), ("contrast", 51480), ("saturation", 61490)],
-    (0.5676031878707267, 0.3190486287644687, 0.15365763003890942, 0.39936792854784897),
-)
-RANDOM = ([("equalize", 0), ("saturation", 61223), ("brightness", 94840)], None)
-
-
-def test_draws_are_these_numbers_for_good() -> None:
-    """Literal values: a draw that changes would make a store of two halves without anybody noticing."""
-    numbers = uniforms(b"x")
-    assert [next(numbers) for _ in range(3)] == UNIFORMS
-    for (key, number, height, width), wanted in DRAWN.items():
-        drawn = draw_view(7, key, number, height, width, SCALE)
-        assert drawn == dataclasses.replace(wanted, crop=tuple(float(np.float32(value)) for value in wanted.crop))
-    assert parse_policy("color+erase").draw(12345) == COLOURS
-    assert parse_policy("randaugment:3").draw(12345) == RANDOM
-
-
-def test_colours_are_drawn_as_the_format_says() -> None:
-    """FORMAT.md, step 6, in its own words."""
-    factors = []
-    for i in range(3):
-        data = i.to_bytes(4, "little") + b"photometric" + (12345).to_bytes(8, "little")
-        u = (int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") >> 11) / 2**53
-        factors.append(math.floor((0.6 + 0.8 * u) * 2**16))
-    assert [amount for _, amount in COLOURS[0]] == factors
-
-
-def test_a_draw_hangs_on_seed_key_and_number_and_on_nothing_else() -> None:
-    one = draw_view(7, "k", 1, 40, 30, SCALE)
-    torch.manual_seed(5)
-    np.random.seed(5)
-    assert draw_view(7, "k", 1, 40, 30, SCALE) == one
-    others = [(8, "k", 1), (7, "l", 1), (7, "k", 2), (7, "\u0000k", 1), (7, "ü", 1)]
-    assert len({one, *(draw_view(*other, 40, 30, SCALE) for other in others)}) == 6
-    assert draw_view(7, "k", 0, 40, 30, SCALE) == CLEAN
-
-
-def fraction(value: float) -> float:
-    return float(np.float32(value))
-
-
-@given(st.data())
-def test_stored_fractions_give_back_every_box(data: st.DataObject) -> None:
-    """Any box of an image up to 5000 pixels a side survives float32."""
-    height, width = (data.draw(st.integers(1, 5000)) for _ in range(2))
-    rows, columns = data.draw(st.integers(1, height)), data.draw(st.integers(1, width))
-    top, left = data.draw(st.integers(0, height - rows)), data.draw(st.integers(0, width - columns))
-    crop = (fraction(top / height), fraction(left / width), fraction(rows / height), fraction(columns / width))
-    assert View(1, crop).box(height, width) == (top, left, rows, columns)
-
-
-@given(*[st.floats(0, 1, width=32)] * 4, st.integers(1, 5000), st.integers(1, 5000))
-def test_no_fractions_leave_the_image(
-    top: float, left: float, rows: float, columns: float, height: int, width: int
-) -> None:
-    y, x, box_height, box_width = View(1, (top, left, rows, columns)).box(height, width)
-    assert 0 <= y < y + box_height <= height
-    assert 0 <= x < x + box_width <= width
-
-
-@given(st.integers(1, 5000), st.integers(1, 5000), st.text(max_size=8), st.integers(0, (1 << 63) - 1))
-def test_drawn_views_are_float32_and_survive_arrow(height: int, width: int, key: str, seed: int) -> None:
-    view = draw_view(seed, key, 3, height, width, SCALE)
-    assert view.crop == tuple(fraction(value) for value in view.crop)
-    assert 0 <= view.aug_seed < 1 << 63
-    columns = schema.part_schema([], augmented=True)
-    kinds = pa.schema([columns.field(name) for name in ("view", "crop", "flip", "aug_seed")])
-    row = {"view": 3, "crop": view.crop, "flip": view.flip, "aug_seed": view.aug_seed}
-    assert View.from_row(pa.Table.from_pylist([row], schema=kinds).to_pylist()[0]) == view
-
-
-def test_draws_follow_their_law() -> None:
-    """RandomResizedCrop's law on a square, where nothing is refused for its shape but little."""
-    size, count = 1000, 4000
-    views = [draw_view(0, str(index), 1, size, size, SCALE) for index in range(count)]
-    boxes = np.array([view.box(size, size) for view in views])
-    flips = np.mean([view.flip for view in views])
-    assert abs(flips - 0.5) < 4 * 0.5 / math.sqrt(count)
-    area = boxes[:, 2] * boxes[:, 3] / size**2
-    assert 0.249 < area.min() < 0.26
-    assert 0.97 < area.max() <= 1.0
-    small = area < 0.6  # always accepted: sqrt(0.6 * 4/3) < 1, so uniform here
-    assert abs(np.median(area[small]) - 0.425) < 0.01
-    ratio = np.log(boxes[small, 3] / boxes[small, 2])
-    assert abs(ratio.mean()) < 0.02
-    assert abs(ratio.std() - 2 * math.log(4 / 3) / math.sqrt(12)) < 0.01
-    place = boxes[small, 0] / (size - boxes[small, 2])
-    assert abs(place.mean() - 0.5) < 0.03
-    assert abs(place.std() - 1 / math.sqrt(12)) < 0.02
-    assert len({view.aug_seed for view in views}) == count
-
-
-def test_images_without_room_get_the_largest_crop_of_a_right_shape() -> None:
-    assert draw_view(0, "k", 1, 1, 1, SCALE).box(1, 1) == (0, 0, 1, 1)
-    assert draw_view(0, "k", 1, 1, 5000, SCALE).box(1, 5000) == (0, 2499, 1, 1)
-    assert draw_view(0, "k", 1, 5000, 3, SCALE).box(5000, 3) == (2498, 0, 4, 3)
-
-
-# ---------------------------------------------------------------------------------- applying
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("size", SIZES, ids=str)
-def test_every_size_and_colour_becomes_the_models_input(size: tuple[int, int], channels: int) -> None:
-    for grey in (1, 3):
-        image = pixels_of(*size, grey)
-        before = image.clone()
-        for number in range(1, 4):
-            view = draw_view(1, "k", number, *size, SCALE)
-            made = apply_view(image, view, square(16, channels), "randaugment:4+erase")
-            assert (made.shape, made.dtype) == ((channels, 16, 16), torch.uint8)
-        assert torch.equal(image, before)
-
-
-def test_a_view_is_cropped_resized_flipped_by_its_numbers() -> None:
-    """By hand, on an image where each pixel tells its place."""
-    image = torch.arange(64, dtype=torch.uint8).view(1, 8, 8)
-    view = View(1, (0.25, 0.5, 0.5, 0.5), flip=True, aug_seed=3)
-    assert torch.equal(apply_view(image, view, square(4, 1), "none"), image[:, 2:6, 4:8].flip(-1))
-    unflipped = dataclasses.replace(view, flip=False)
-    assert torch.equal(apply_view(image, unflipped, square(4, 1), "none"), image[:, 2:6, 4:8])
-    whole = View(1, (0.0, 0.0, 1.0, 1.0))
-    assert torch.equal(apply_view(image, whole, square(5, 1), "none"), resize(image, 5, 5, "bilinear"))
-    assert torch.equal(apply_view(image, CLEAN, Preprocessing(8, 4, (0.5,), (0.5,)), "color"), image[:, 2:6, 2:6])
-
-
-def test_another_models_size_sees_the_same_crop_and_colours() -> None:
-    """A smooth image at two sizes: the views agree but for resampling."""
-    ramp = torch.linspace(0, 255, 96)
-    image = torch.stack([ramp.expand(96, 96), ramp.expand(96, 96).T, 255 - ramp.expand(96, 96)]).to(torch.uint8)
-    for number in range(1, 12):
-        view = draw_view(3, "k", number, 96, 96, SCALE)
-        small, large = (apply_view(image, view, square(size, 3), "color") for size in (24, 72))
-        shrunk = torch.nn.functional.avg_pool2d(large.float()[None], 3)[0]
-        assert (small.float() - shrunk).abs().mean() < 2.0
-
-
-def test_no_global_generator_is_read_or_moved() -> None:
-    torch.manual_seed(0)
-    before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()
-    image, view = pixels_of(40, 30), draw_view(1, "k", 1, 40, 30, SCALE)
-    first = apply_view(image, view, square(16, 3), "randaugment:8+erase")
-    assert torch.equal(torch.get_rng_state(), before)
-    assert np.array_equal(np.random.get_state()[1], numpy_before)
-    torch.manual_seed(1)
-    assert torch.equal(apply_view(image, view, square(16, 3), "randaugment:8+erase"), first)
-
-
-# ---------------------------------------------------------------------------------- colours
-
-
-def operate(name: str, image: Tensor, amount: int = 0) -> Tensor:
-    from pseudolabel.views import photometric
-
-    return photometric._OPERATIONS[name](image, amount)
-
-
-def test_colour_operations_in_closed_form() -> None:
-    image = torch.tensor([[10, 200], [100, 50], [0, 255]], dtype=torch.uint8).view(3, 1, 2)
-    assert operate("brightness", image, 1 << 15).flatten().tolist() == [5, 100, 50, 25, 0, 128]
-    assert operate("brightness", image, 2 << 16).flatten().tolist() == [20, 255, 200, 100, 0, 255]
-    grey = [62, 118]  # (19595 R + 38470 G + 7471 B + 32768) >> 16
-    assert operate("saturation", image, 0).flatten().tolist() == grey * 3
-    assert operate("contrast", image, 0).unique().tolist() == [90]
-    assert operate("contrast", image, 1 << 15).flatten().tolist() == [50, 145, 95, 70, 45, 173]
-    for name in ("brightness", "contrast", "saturation"):
-        assert torch.equal(operate(name, image, 1 << 16), image)
-    assert operate("posterize", image, 4).flatten().tolist() == [0, 192, 96, 48, 0, 240]
-    assert operate("solarize", image, 128).flatten().tolist() == [10, 55, 100, 50, 0, 0]
-    assert operate("autocontrast", image).flatten().tolist() == [0, 255, 255, 0, 0, 255]
-    assert torch.equal(operate("solarize", image, 256), image)
-    assert torch.equal(operate("posterize", image, 8), image)
-
-
-@given(st.integers(0, 1000))
-def test_colour_operations_are_pillows_and_torchvisions(seed: int) -> None:
-    """Equalize exactly Pillow's; the others within a level of torchvision's floating point."""
-    from torchvision.transforms.v2 import functional as F
-
-    height, width = 5 + seed % 13, 7 + seed % 11
-    image = (pixels_of(height, width, seed=seed).float() * 0.7 + 20).to(torch.uint8)
-    pillow = Image.fromarray(image.permute(1, 2, 0).numpy())
-    equal = torch.from_numpy(np.array(ImageOps.equalize(pillow))).permute(2, 0, 1)
-    assert torch.equal(operate("equalize", image), equal)
-    factor = 0.1 + 1.8 * (seed / 1000)
-    for name in ("brightness", "contrast", "saturation"):
-        theirs = getattr(F, f"adjust_{name}")(image, factor)
-        assert (operate(name, image, round(factor * 65536)).int() - theirs.int()).abs().max() <= 2, name
-    assert (operate("autocontrast", image).int() - F.autocontrast(image).int()).abs().max() <= 1
-    assert torch.equal(operate("posterize", image, 5), F.posterize(image, 5))
-    assert torch.equal(operate("solarize", image, 77), F.solarize(image, 77))
-
-
-def test_grey_images_get_the_same_colours_in_one_and_three_channels() -> None:
-    grey = pixels_of(9, 9, 1)
-    for seed in range(40):
-        policy = parse_policy("randaugment:3+erase")
-        assert torch.equal(policy.apply(grey.expand(3, -1, -1), seed), policy.apply(grey, seed).expand(3, -1, -1))
-
-
-@pytest.mark.parametrize("level", [0, 128, 255])
-def test_flat_images_break_no_operation(level: int) -> None:
-    image = torch.full((3, 4, 4), level, dtype=torch.uint8)
-    for name in ("autocontrast", "equalize", "contrast"):
-        assert torch.equal(operate(name, image, 50_000), image)
-
-
-def test_policies_do_what_they_say() -> None:
-    image = pixels_of(32, 32)
-    assert torch.equal(parse_policy("none").apply(image, 5), image)
-    assert [name for name, _ in parse_policy("color").draw(5)[0]] == ["brightness", "contrast", "saturation"]
-    names: set[str] = set()
-    erased = 0
-    for seed in range(400):
-        operations, rectangle = parse_policy("randaugment:2+erase").draw(seed)
-        assert len(operations) == 2
-        names |= {name for name, _ in operations}
-        erased += rectangle is not None
-        if rectangle is not None:
-            top, left, height, width = rectangle
-            assert 0 <= top < top + height <= 1
-            assert 0 <= left < left + width <= 1
-    assert len(names) == 8
-    assert 150 < erased < 250
-    made = parse_policy("none+erase")
-    changed = [(made.apply(image, seed) != image).any(0) for seed in range(40)]
-    assert 0 < sum(bool(mask.any()) for mask in changed) < 40
-    assert all((made.apply(image, seed)[:, mask] == 128).all() for seed, mask in enumerate(changed))
-
-
-@pytest.mark.parametrize("spec", ["", "colour", "randaugment", "randaugment:0", "randaugment:17", "color+", "+erase"])
-def test_unknown_policies_are_refused_with_the_known_ones(spec: str) -> None:
-    with pytest.raises(SpecError, match=r"write none, color or randaugment:N"):
-        parse_policy(spec)
 
 
 # ---------------------------------------------------------------------------------- the contract
@@ -586,47 +287,6 @@ def test_flip_averages_the_image_and_its_mirror_image(
 # ---------------------------------------------------------------------------------- identity
 
 
-def test_stores_of_the_clean_view_keep_their_fingerprint(tmp_path: Path) -> None:
-    teacher = parse_teacher(f"checkpoint:{make_model(tmp_path / 'm')}").load(CPU)
-    plain = identify(teacher, AnnotateSettings(precision="fp32"))
-    assert plain.views == {"count": 1}
-    idle = AnnotateSettings(precision="fp32", view_seed=5, view_policy="none", crop_scale=(0.5, 1.0))
-    assert identify(teacher, idle).fingerprint == plain.fingerprint
-    assert identify(teacher, AnnotateSettings(precision="fp32", tta="flip")).views == {"count": 1, "tta": "flip"}
-
-
-def test_all_that_decides_the_views_is_in_the_identity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    teacher = parse_teacher(f"checkpoint:{make_model(tmp_path / 'm')}").load(CPU)
-    changes: list[dict[str, Any]] = [
-        {},
-        {"views": 4},
-        {"view_seed": 1},
-        {"view_policy": "none"},
-        {"crop_scale": (0.3, 1.0)},
-        {"tta": "flip"},
-    ]
-    fingerprints = {
-        identify(teacher, AnnotateSettings(precision="fp32", **{"views": 3, **change})).fingerprint
-        for change in changes
-    }
-    identity = identify(teacher, AnnotateSettings(precision="fp32", views=3))
-    versions = identity.views["versions"]
-    assert versions == library_versions()
-    assert set(versions) == {"numpy", "pillow", "torch", "torchvision"}
-    assert all(version.replace(".", "").isdecimal() and version.count(".") == 2 for version in versions.values())
-    monkeypatch.setattr(torch, "__version__", "1.2.3+cpu")
-    assert library_versions()["torch"] == "1.2.3"
-    fingerprints.add(identify(teacher, AnnotateSettings(precision="fp32", views=3)).fingerprint)
-    assert len(fingerprints) == len(changes) + 1
-
-
-def test_a_plan_survives_json() -> None:
-    for plan in (ViewPlan(), ViewPlan(tta="flip"), ViewPlan(4, 9, "none", (0.1, 0.5), "flip")):
-        assert ViewPlan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
-    with pytest.raises(StoreError, match="law 2, this version knows 1"):
-        ViewPlan.from_json({**ViewPlan(2).to_json(), "law": 2})
-
-
 def test_other_library_versions_are_refused_or_warned_of(shards: list[Shard], projection: str, tmp_path: Path) -> None:
     store = label(shards, tmp_path / "store", projection)
     row = store.read_view("a", view=1).to_pylist()[3]
@@ -655,12 +315,6 @@ def test_rows_that_can_not_be_replayed_say_why(shards: list[Shard], projection: 
     nameless = StoreIdentity({"architecture": "x"}, ("a",), "dense", {"count": 1}, "fp32")
     with pytest.raises(SpecError, match="doesn't say how it prepares images"):
         open_replay(nameless)
-
-
-def test_settings_refuse_nonsense() -> None:
-    for bad in ({"views": 0}, {"tta": "rotate"}, {"crop_scale": (0.5, 0.2)}, {"crop_scale": (0, 1)}, {"view_seed": -1}):
-        with pytest.raises(RecipeError):
-            validate(AnnotateSettings, bad, "annotate")
 
 
 # ---------------------------------------------------------------------------------- readers
@@ -720,26 +374,3 @@ def test_training_evaluation_and_inspection_know_views(corpus: Path, teacher_dir
         agreement = evaluate(teacher_dir, sets["val"], store=store).agreement
         assert agreement == 1.0
     assert results[0] == results[1]
-
-
-def test_the_command_makes_views_and_says_what_has_no_effect(
-    cli: Cli, corpus: Path, teacher_dir: Path, tmp_path: Path
-) -> None:
-    base = ("annotate", corpus / "unlabeled", "--teacher", f"checkpoint:{teacher_dir}", "--workers", 1)
-    result, err = cli(*base, "--out", "store", "--views", 2, "--view-seed", 3, "--view-policy", "none", "--tta", "flip")
-    assert (result["samples"], "no effect" in err) == (72, False)
-    views = open_store(tmp_path / "store").identity.views
-    assert {name: views[name] for name in ("count", "seed", "policy", "tta")} == {
-        "count": 2,
-        "seed": 3,
-        "policy": "none",
-        "tta": "flip",
-    }
-    inspected, _ = cli("inspect", "store")
-    assert (inspected["rows"], inspected["views"]) == (144, 2)
-    _, err = cli(*base, "--out", "other", "--view-seed", 3)
-    assert "note: with --views 1, --view-seed have no effect" in err
-    for wrong, kind in ((("--view-policy", "sepia"), "SpecError"), (("--tta", "rotate"), "RecipeError")):
-        failed, _ = cli(*base, "--out", "third", "--views", 2, *wrong, code=1)
-        assert failed["error"]["kind"] == kind
-    assert not (tmp_path / "third").exists()

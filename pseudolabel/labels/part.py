@@ -88,7 +88,7 @@ class PartBuilder:
         arrays = [
             pa.array(ready[field.name], field.type)
             if field.name in ready
-            else _to_arrow(self._columns.pop(field.name, []), field.type)
+            else _joined(self._columns.pop(field.name, []), field.type)
             for field in wanted
         ]
         part = pa.Table.from_arrays(arrays, schema=wanted)
@@ -115,10 +115,13 @@ class PartBuilder:
         return AnnotatedShard(info, part, pa.Table.from_pylist(listed, schema=schema.REJECT_SCHEMA))
 
 
-def _to_arrow(tensors: list[Tensor], kind: pa.DataType) -> pa.Array:
-    if not tensors:
-        return pa.array([], kind)
-    values = torch.cat(tensors).numpy()
+def _joined(tensors: list[Tensor], kind: pa.DataType) -> pa.Array:
+    return to_arrow(torch.cat(tensors), kind) if tensors else pa.array([], kind)
+
+
+def to_arrow(column: Tensor, kind: pa.DataType) -> pa.Array:
+    """A tensor's rows as a column of this type: numbers, or lists of one length."""
+    values = column.numpy()
     if pa.types.is_fixed_size_list(kind):
         flat = values.reshape(-1).astype(kind.value_type.to_pandas_dtype())
         return pa.FixedSizeListArray.from_arrays(pa.array(flat, kind.value_type), type=kind)

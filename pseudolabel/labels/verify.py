@@ -17,7 +17,8 @@ from pseudolabel.errors import DamagedPart, DamagedShard, PseudolabelError, Stor
 from pseudolabel.labels import schema
 from pseudolabel.labels.schema import PartInfo
 from pseudolabel.labels.store import Store
-from pseudolabel.shards import Shard, ShardFile
+from pseudolabel.shard_lists import Shard
+from pseudolabel.shards import ShardFile
 
 
 @dataclass(frozen=True)

@@ -122,7 +122,8 @@ def _grid(root: Path, content: dict[str, Any]) -> list[tuple[str, list[_Shown]]]
 
     from pseudolabel.labels.encodings import parse_encoding
     from pseudolabel.labels.store import open_store
-    from pseudolabel.shards import ShardFile, list_shards
+    from pseudolabel.shard_lists import list_shards
+    from pseudolabel.shards import ShardFile
 
     store = open_store(root / "round-1" / "store")
     try:

@@ -27,9 +27,8 @@ from pseudolabel.classifier import Classifier, make_classifier
 from pseudolabel.errors import SpecError
 from pseudolabel.specs import Spec
 from pseudolabel.views.image import INTERPOLATIONS, Normalize, Preprocessing
-from pseudolabel.weights import fill, first_lines, random_weights, read_weights
+from pseudolabel.weights import fill, first_lines, random_weights, read_weights, weight_arguments
 
-_ARGUMENTS = ("pretrained", "weights_file", "seed")
 _PROBES = ((97, 128), (64, 51), (203, 150))  # height, width: both orientations, odd and even margins
 _TOLERANCE = 1.01  # grey levels: the processor may resize with Pillow, which rounds a few values the other way
 # What says nothing of the logits, or names a place or a time.
@@ -52,7 +51,7 @@ class HuggingFaceTeacher:
             processor = transformers.AutoImageProcessor.from_pretrained(self.spec.name, trust_remote_code=False)
         preprocessing = preprocessing_of(self.spec, processor)
         check_against(self.spec, preprocessing, processor)
-        model = self._model(transformers, _checked(self.spec))
+        model = self._model(transformers, weight_arguments(self.spec))
         names = [str(model.config.id2label[index]) for index in range(model.config.num_labels)]
         config = {key: value for key, value in model.config.to_diff_dict().items() if key not in _NOT_IDENTITY}
         return make_classifier(
@@ -99,7 +98,7 @@ class HuggingFaceTeacher:
 
 
 def make(spec: Spec) -> HuggingFaceTeacher:
-    _checked(spec)
+    weight_arguments(spec)
     return HuggingFaceTeacher(spec)
 
 
@@ -187,15 +186,6 @@ def _interpolation(resample: Any) -> str:
     from transformers.image_utils import pil_torch_interpolation_mapping
 
     return str(pil_torch_interpolation_mapping[2 if resample is None else resample].value)  # 2 is bilinear
-
-
-def _checked(spec: Spec) -> dict[str, Any]:
-    args = spec.only(_ARGUMENTS, whole={"seed": 0})
-    if not isinstance(args.get("pretrained", True), bool):
-        raise SpecError(f"{spec}: pretrained must be true or false")
-    if args.get("pretrained") is False and "weights_file" in args:
-        raise SpecError(f"{spec}: pretrained=false makes random weights; drop it or weights_file=")
-    return args
 
 
 def _transformers(spec: Spec) -> Any:

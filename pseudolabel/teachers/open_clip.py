@@ -28,9 +28,8 @@ from pseudolabel.classifier import Classifier, make_classifier
 from pseudolabel.errors import SpecError
 from pseudolabel.specs import Spec
 from pseudolabel.views.image import Preprocessing
-from pseudolabel.weights import explain_misfit, first_lines, random_weights, read_weights
+from pseudolabel.weights import explain_misfit, first_lines, random_weights, read_weights, weight_arguments
 
-_ARGUMENTS = ("classes", "templates", "pretrained", "weights_file", "seed")
 _SOURCES = ("hf-hub:", "local-dir:")
 _PROMPTS_AT_ONCE = 256
 
@@ -185,12 +184,8 @@ def preprocessing_of(spec: Spec, config: Mapping[str, Any]) -> Preprocessing:
 
 
 def _checked(spec: Spec) -> dict[str, Any]:
-    args = spec.only(_ARGUMENTS, whole={"seed": 0})
-    if not isinstance(args.get("pretrained", True), bool):
-        raise SpecError(f"{spec}: pretrained must be true or false; published weights are named in open_clip:ARCH/TAG")
-    if args.get("pretrained") is False and "weights_file" in args:
-        raise SpecError(f"{spec}: pretrained=false makes random weights; drop it or weights_file=")
-    return args
+    published = "published weights are named in open_clip:ARCH/TAG"
+    return weight_arguments(spec, ("classes", "templates"), published=published)
 
 
 def _open_clip(spec: Spec) -> Any:

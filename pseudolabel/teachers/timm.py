@@ -27,9 +27,8 @@ from pseudolabel.classifier import Classifier, make_classifier
 from pseudolabel.errors import SpecError
 from pseudolabel.specs import Spec
 from pseudolabel.views.image import INTERPOLATIONS, Preprocessing
-from pseudolabel.weights import explain_misfit, first_lines, random_weights, read_weights
+from pseudolabel.weights import explain_misfit, first_lines, random_weights, read_weights, weight_arguments
 
-_ARGUMENTS = ("pretrained", "weights_file", "num_classes", "seed")
 _SOURCES = ("hf-hub:", "hf_hub:", "local-dir:")
 
 
@@ -134,16 +133,10 @@ def _classes(config: Mapping[str, Any]) -> tuple[str, ...] | None:
 
 
 def _checked(spec: Spec) -> dict[str, Any]:
-    args = spec.only(_ARGUMENTS, whole={"num_classes": 1, "seed": 0})
-    pretrained = args.get("pretrained", True)
-    if not isinstance(pretrained, bool):
-        raise SpecError(
-            f"{spec}: pretrained must be true or false; the published weights are part of the name, NAME.TAG"
-        )
-    if pretrained and "num_classes" in args and "weights_file" not in args:
+    published = "the published weights are part of the name, NAME.TAG"
+    args = weight_arguments(spec, whole={"num_classes": 1}, published=published)
+    if args.get("pretrained", True) and "num_classes" in args and "weights_file" not in args:
         raise SpecError(f"{spec}: published weights bring their classes; drop num_classes=, or add weights_file=")
-    if not pretrained and "weights_file" in args:
-        raise SpecError(f"{spec}: pretrained=false makes random weights; drop it or weights_file=")
     return args
 
 

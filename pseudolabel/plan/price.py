@@ -20,13 +20,13 @@ from typing import Any
 
 import pyarrow as pa
 import torch
-from torch import Tensor
 
-from pseudolabel.estimates import effective, wilson
 from pseudolabel.interfaces import Encoding
 from pseudolabel.labels import schema
 from pseudolabel.labels.encodings import divergence, fidelity, parse_encoding
-from pseudolabel.probe import Labeled
+from pseudolabel.labels.part import to_arrow
+from pseudolabel.plan.estimates import effective, wilson
+from pseudolabel.plan.probe import Labeled
 
 KEPT = (5, 10, 20, 50, 100)
 _PARTS = 8  # parts of each size whose mean is taken
@@ -141,12 +141,5 @@ def _encoded(one: Labeled, encoding: Encoding) -> tuple[pa.Table, dict[str, floa
     columns = encoding.encode(logits_BC)
     table = one.rows.drop_columns([_LOGITS])
     for field in encoding.fields(num_classes):
-        table = table.append_column(field, _to_arrow(columns[field.name], field.type))
+        table = table.append_column(field, to_arrow(columns[field.name], field.type))
     return table, fidelity(divergence(encoding, columns, logits_BC))["mean"]
-
-
-def _to_arrow(column: Tensor, kind: pa.DataType) -> pa.Array:
-    if not pa.types.is_fixed_size_list(kind):
-        return pa.array(column.numpy().astype(kind.to_pandas_dtype()), kind)
-    flat = column.numpy().reshape(-1).astype(kind.value_type.to_pandas_dtype())
-    return pa.FixedSizeListArray.from_arrays(pa.array(flat, kind.value_type), type=kind)

@@ -21,8 +21,9 @@ from itertools import accumulate
 
 from pseudolabel import storage
 from pseudolabel.errors import DamagedShard, StorageError
-from pseudolabel.estimates import mean_interval
-from pseudolabel.shards import Shard, ShardFile
+from pseudolabel.plan.estimates import mean_interval
+from pseudolabel.shard_lists import Shard
+from pseudolabel.shards import ShardFile
 
 EXACT_BYTES = 1 << 30  # so much is indexed whole: some 6 µs a sample
 

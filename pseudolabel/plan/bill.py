@@ -1,13 +1,9 @@
-"""The bill beforehand: samples, hours, bytes and rejects of an annotation, from a probe of its shards.
-
-    plan("corpus/unlabeled", "checkpoint:runs/teacher")
-
-Samples are counted or estimated (`census.py`); annotate's own pipeline runs on a part of them in a temporary store
-(`probe.py`), which shows its speed, its rejects and its logits; those are written in every encoding (`price.py`).
-Nothing is written but temporary files. What depends on no clock is the same at every call.
+"""Census, probe and prices added up to a bill.
 
     seconds = start-up + (samples ÷ rate, shards dealt out to the workers)
     bytes   = rows · bytes of a row + parts · bytes of a part, and the same for rejects
+
+With what is in a store already, it is the bill of what is left.
 """
 
 from __future__ import annotations
@@ -21,17 +17,17 @@ from pathlib import Path
 import torch
 
 from pseudolabel import storage
-from pseudolabel.census import Census, take_census
 from pseudolabel.engines import default_engine
 from pseudolabel.errors import StoreMismatch
-from pseudolabel.estimates import makespan
 from pseudolabel.interfaces import Engine, Teacher
 from pseudolabel.labeling import identify, settle
 from pseudolabel.labels.store import Store, StoreIdentity, open_store
-from pseudolabel.price import Price, RejectForecast, candidates, forecast_rejects, price
-from pseudolabel.probe import Probe
+from pseudolabel.plan.census import Census, take_census
+from pseudolabel.plan.estimates import makespan
+from pseudolabel.plan.price import Price, RejectForecast, candidates, forecast_rejects, price
+from pseudolabel.plan.probe import Probe
 from pseudolabel.settings import AnnotateSettings
-from pseudolabel.shards import ShardsLike, as_shards
+from pseudolabel.shard_lists import ShardsLike, as_shards
 from pseudolabel.teachers import parse_teacher
 
 GOOD_KL = 0.01  # nats at T = 2: below what students notice

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import chain
 
 from pseudolabel.labeling import AnnotateWork, Progress
-from pseudolabel.shards import Shard
+from pseudolabel.shard_lists import Shard
 
 _BATCHES_A_WORKER = 3  # at the least, in a window that is long enough
 _LATECOMERS = 1.5

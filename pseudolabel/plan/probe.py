@@ -18,15 +18,16 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pseudolabel.census import Pick
 from pseudolabel.interfaces import Engine, Teacher
 from pseudolabel.labeling import AnnotateWork
 from pseudolabel.labels import store
 from pseudolabel.labels.schema import PartInfo
 from pseudolabel.labels.store import Store, StoreIdentity
+from pseudolabel.plan.census import Pick
+from pseudolabel.plan.stopwatch import Load, Stopwatch, TimedWork
 from pseudolabel.settings import AnnotateSettings
-from pseudolabel.shards import Shard, ShardFile, write_shard
-from pseudolabel.stopwatch import Load, Stopwatch, TimedWork
+from pseudolabel.shard_lists import Shard
+from pseudolabel.shards import ShardFile, write_shard
 
 _FIRST_PIECE = 8  # samples
 _MOST_LOADS = 1024

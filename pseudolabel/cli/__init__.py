@@ -1,0 +1,10 @@
+"""The command line: each command parses, calls one function, prints. torch is imported only by commands that need it.
+
+Exit codes: 0 done; 1 a known error (one to five lines: what, where, remedy); 2 usage; 130 interrupted, resumable.
+With `--json` stdout carries one JSON object and nothing else; what people read goes to stderr.
+"""
+
+from pseudolabel.cli import data, labels, training, whole  # in the order in which help lists their commands
+from pseudolabel.cli.command import app, main
+
+__all__ = ["app", "data", "labels", "main", "training", "whole"]

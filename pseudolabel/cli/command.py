@@ -1,0 +1,135 @@
+"""What every command goes through: registered, run, its result printed and its errors told; and the entry point."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import json
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any
+
+import typer
+
+from pseudolabel.allocator import keep_freed_memory
+from pseudolabel.errors import PseudolabelError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Annotate unlabeled shards once with a big teacher, then train small students offline from its soft labels.",
+    epilog="SHARDS is a directory, a glob, a brace range such as x-{000..099}.tar, or @list.txt.",
+)
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(version("pseudolabel"))
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="print the version")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point: usage errors become JSON, too, if `--json` is given. A scheduler's SIGTERM ends as Ctrl-C does."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    keep_freed_memory()
+    warnings.showwarning = _show_warning
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal of another encoding must not cost the result
+    if "--json" not in sys.argv:
+        app()
+        return
+    try:
+        sys.exit(app(standalone_mode=False) or 0)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # a usage error of typer's, whichever click it brings
+            raise
+        _print_error("UsageError", error.format_message())
+        sys.exit(2)
+
+
+def _print_error(kind: str, message: str) -> None:
+    print(json.dumps({"error": {"kind": kind, "message": message}}))
+
+
+def command(function: Callable[..., Mapping[str, Any] | None]) -> Callable[..., None]:
+    """Register a command. What it returns is printed by `--json`; known errors end with exit code 1, Ctrl-C with
+    130.
+    """
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        as_json = bool(kwargs.get("as_json"))
+        try:
+            # a library or a user's own teacher may print, too
+            with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+                result = function(*args, **kwargs)
+        except PseudolabelError as error:
+            if as_json:
+                _print_error(error.kind, str(error))
+            else:
+                print(f"error: {error}", file=sys.stderr)
+            raise typer.Exit(1) from None
+        except (SystemExit, OSError, MemoryError) as error:  # a user's code, or the machine
+            if isinstance(error, BrokenPipeError):
+                raise
+            message = _outside(error)
+            if as_json:
+                _print_error(type(error).__name__, message)
+            else:
+                print(f"error: {message}", file=sys.stderr)
+            raise typer.Exit(1) from None
+        except Exception as error:  # not ours: the traceback is wanted, and with --json an object all the same
+            if as_json:
+                _print_error(type(error).__name__, str(error))
+            raise
+        except KeyboardInterrupt:
+            message = "interrupted; the same command goes on from here"
+            print(message, file=sys.stderr)
+            if as_json:
+                _print_error("Interrupted", message)
+            raise typer.Exit(130) from None
+        failed = bool(result and result.get("ok") is False)
+        if as_json and result is not None:
+            print(json.dumps(result))
+        if failed:
+            raise typer.Exit(1)
+
+    app.command(function.__name__.rstrip("_"))(wrapped)
+    return wrapped
+
+
+def _outside(error: BaseException) -> str:
+    """One line for what neither we nor our input did wrong in a way of its own."""
+    if isinstance(error, SystemExit):
+        return f"code that was called ended the program (SystemExit {error.code}); a teacher or student must not"
+    if isinstance(error, MemoryError):
+        return "out of memory; use smaller batches, fewer classes or fewer --workers"
+    assert isinstance(error, OSError)
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror or error}; check the path, its permissions and the disk"
+
+
+def for_people(as_json: bool) -> Any:
+    """The stream for what people read."""
+    return sys.stderr if as_json else sys.stdout

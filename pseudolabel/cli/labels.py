@@ -1,0 +1,205 @@
+"""Soft labels: their bill, their making, what is in a store and whether it is whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pseudolabel.cli.command import command, for_people
+from pseudolabel.cli.options import (
+    AnnotatePrecision,
+    AnnotateWorkers,
+    BatchSize,
+    ClassMap,
+    Compile,
+    Device,
+    Encoding,
+    FastJpeg,
+    Json,
+    KeepMembers,
+    Shards,
+    Slice,
+    Teachers,
+    Tta,
+    ViewPolicy,
+    Views,
+    ViewSeed,
+    annotate_settings,
+)
+from pseudolabel.display import Display, print_pairs, print_plan
+from pseudolabel.forkserver import fork_server
+
+if TYPE_CHECKING:
+    from pseudolabel.interfaces import Engine, Teacher
+    from pseudolabel.shard_lists import Shard
+
+
+@command
+def plan(
+    shards: Shards,
+    teacher: Teachers,
+    out: Annotated[Path | None, typer.Option(help="a store to go on with: its shards are done")] = None,
+    class_map: ClassMap = None,
+    encoding: Encoding = None,
+    views: Views = None,
+    view_seed: ViewSeed = None,
+    view_policy: ViewPolicy = None,
+    tta: Tta = None,
+    fast_jpeg: FastJpeg = False,
+    batch_size: BatchSize = None,
+    precision: AnnotatePrecision = None,
+    compile_: Compile = False,
+    device: Device = "auto",
+    workers: AnnotateWorkers = None,
+    part_of: Slice = None,
+    max_reject_fraction: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="say so if annotate would reject more samples than this")
+    ] = 0.1,
+    probe_shards: Annotated[int, typer.Option(min=2, help="shards that are opened and probed")] = 8,
+    probe_samples: Annotated[int, typer.Option(min=1, help="samples that are labeled to see rejects and bytes")] = 4096,
+    probe_seconds: Annotated[float, typer.Option(min=0.0, help="seconds over which the speed is measured")] = 30.0,
+    label_seconds: Annotated[
+        float | None, typer.Option(min=0.0, help="seconds for the labels, at most [as --probe-seconds]")
+    ] = None,
+    exact: Annotated[
+        bool | None, typer.Option("--exact/--estimate", help="count all samples [up to 1 GiB]", show_default=False)
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="decides which shards and samples are probed")] = 0,
+    as_json: Json = False,
+) -> Mapping[str, Any]:
+    """Tell the bill of annotate beforehand: hours, bytes, rejects, and what each encoding costs and loses."""
+    settings = annotate_settings(locals())
+    from pseudolabel.plan import plan
+
+    listed, asked, engine = _work(shards, part_of, teacher, class_map, device, workers)
+    with Display() as display:
+        result = plan(
+            listed,
+            asked,
+            engine=engine,
+            settings=settings,
+            out=out,
+            probe_shards=probe_shards,
+            probe_samples=probe_samples,
+            probe_seconds=probe_seconds,
+            label_seconds=label_seconds,
+            exact=exact,
+            seed=seed,
+            max_reject_fraction=max_reject_fraction,
+            on_stage=display.stage,
+        )
+    print_plan(result, for_people(as_json))
+    return dataclasses.asdict(result)
+
+
+@command
+def annotate(
+    shards: Shards,
+    teacher: Teachers,
+    out: Annotated[Path, typer.Option(help="the store: made, or gone on with")],
+    class_map: ClassMap = None,
+    encoding: Encoding = None,
+    views: Views = None,
+    view_seed: ViewSeed = None,
+    view_policy: ViewPolicy = None,
+    tta: Tta = None,
+    fast_jpeg: FastJpeg = False,
+    keep_members: KeepMembers = False,
+    batch_size: BatchSize = None,
+    precision: AnnotatePrecision = None,
+    compile_: Compile = False,
+    device: Device = "auto",
+    workers: AnnotateWorkers = None,
+    part_of: Slice = None,
+    max_reject_fraction: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="more rejected samples than this are an error")
+    ] = 0.1,
+    as_json: Json = False,
+) -> Mapping[str, Any]:
+    """Run a teacher over shards and keep its soft labels. Run it again to go on where it stopped."""
+    settings = annotate_settings(locals())
+    if workers != 1:
+        fork_server()
+    from pseudolabel.annotate import annotate
+
+    listed, asked, engine = _work(shards, part_of, teacher, class_map, device, workers)
+    with Display() as display:
+        display.begin_annotating(listed)
+        result = annotate(
+            listed,
+            asked,
+            out,
+            engine=engine,
+            settings=settings,
+            max_reject_fraction=max_reject_fraction,
+            on_progress=display.annotating,
+        )
+    found = dataclasses.asdict(result)
+    stages = ", ".join(f"{stage} {share:.0%}" for stage, share in result.stages.items())
+    print_pairs({**found, "stages": stages}, for_people(as_json))
+    return found
+
+
+def _work(
+    shards: list[str], part_of: str | None, teacher: list[str], class_map: Path | None, device: str, workers: int | None
+) -> tuple[list[Shard], Teacher, Engine]:
+    """What is to be labeled, by whom and where: said to plan as to annotate."""
+    from pseudolabel.engines.local import LocalEngine, resolve_device
+    from pseudolabel.shard_lists import list_shards, slice_shards
+    from pseudolabel.teachers import parse_teachers
+
+    listed = slice_shards(list_shards(shards), part_of)
+    engine = LocalEngine(resolve_device(device), workers)
+    return listed, parse_teachers(teacher, class_map), engine
+
+
+@command
+def inspect(
+    store: Annotated[Path, typer.Argument(help="a store")],
+    rejects: Annotated[bool, typer.Option("--rejects", help="list every rejected sample with its reason")] = False,
+    as_json: Json = False,
+) -> Mapping[str, Any]:
+    """Say what is in a store."""
+    from pseudolabel.labels.store import open_store
+    from pseudolabel.labels.summary import list_rejects, summarize_store
+
+    opened = open_store(store)
+    summary = dataclasses.asdict(summarize_store(opened))
+    shown = {name: value for name, value in summary.items() if name not in ("fidelity", "teacher", "classes")}
+    for name, by_temperature in summary["fidelity"].items():
+        shown[f"KL(full || stored), {name}"] = ", ".join(f"{value:.2g} at T={t}" for t, value in by_temperature.items())
+    shown["classes"] = ", ".join(summary["classes"][:20]) + (", …" if len(summary["classes"]) > 20 else "")
+    shown["teacher"] = json.dumps(summary["teacher"])
+    print_pairs(shown, for_people(as_json))
+    if rejects:
+        summary["rejected"] = list(list_rejects(opened))
+        for one in summary["rejected"]:
+            print("{shard}: sample {key!r} ({stage}): {detail}".format(**one), file=for_people(as_json))
+    return summary
+
+
+@command
+def verify(
+    store: Annotated[Path, typer.Argument(help="a store")],
+    shards: Annotated[list[str] | None, typer.Option(help="also compare with these shards: content and keys")] = None,
+    as_json: Json = False,
+) -> Mapping[str, Any]:
+    """Read every byte of a store again: hashes, counts, order. Exit code 1 if anything is wrong."""
+    from pseudolabel.labels.store import open_store
+    from pseudolabel.labels.verify import verify
+    from pseudolabel.shard_lists import list_shards
+
+    result = verify(open_store(store), list_shards(shards) if shards else ())
+    for problem in result.problems:
+        print(f"{problem.kind}: {problem.detail}", file=sys.stderr)
+    print_pairs(
+        {"ok": result.ok, "parts": result.parts, "rows": result.rows, "problems": len(result.problems)},
+        for_people(as_json),
+    )
+    return dataclasses.asdict(result)

@@ -1,0 +1,160 @@
+"""A student from labels and soft labels, and what it reaches."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pseudolabel.cli.command import command, for_people
+from pseudolabel.cli.options import (
+    Device,
+    Json,
+    LoaderWorkers,
+    Overwrite,
+    Shards,
+    Threads,
+    train_option,
+    train_settings,
+    training_place,
+)
+from pseudolabel.display import Display, print_confusion, print_pairs
+from pseudolabel.forkserver import fork_server
+from pseudolabel.settings import AugmentSettings
+
+
+@command
+def train(
+    out: Annotated[Path, typer.Option(help="run directory: made, or gone on with")],
+    labeled: Annotated[list[str] | None, typer.Option(help="labeled shards; may be repeated")] = None,
+    unlabeled: Annotated[
+        list[str] | None, typer.Option(help="unlabeled shards, annotated in --labels; may be repeated")
+    ] = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="store of soft labels; without it, plain supervised training")
+    ] = None,
+    val: Annotated[
+        list[str] | None, typer.Option(help="labeled shards that choose the best checkpoint; may be repeated")
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="TOML file whose train table gives the settings; flags override it")
+    ] = None,
+    student: Annotated[str | None, train_option("student")] = None,
+    image_size: Annotated[int | None, train_option("image_size")] = None,
+    channels: Annotated[int | None, train_option("channels")] = None,
+    steps: Annotated[int | None, train_option("steps")] = None,
+    epochs: Annotated[float | None, train_option("epochs")] = None,
+    batch_size: Annotated[int | None, train_option("batch_size")] = None,
+    labeled_fraction: Annotated[float | None, train_option("labeled_fraction")] = None,
+    loss: Annotated[str | None, train_option("loss")] = None,
+    alpha: Annotated[float | None, train_option("alpha")] = None,
+    temperature: Annotated[float | None, train_option("temperature")] = None,
+    optimizer: Annotated[str | None, train_option("optimizer")] = None,
+    lr: Annotated[float | None, train_option("lr")] = None,
+    weight_decay: Annotated[float | None, train_option("weight_decay")] = None,
+    warmup_fraction: Annotated[float | None, train_option("warmup_fraction")] = None,
+    clip_norm: Annotated[float | None, train_option("clip_norm")] = None,
+    ema: Annotated[float | None, train_option("ema")] = None,
+    precision: Annotated[str | None, train_option("precision")] = None,
+    crop: Annotated[str | None, train_option("crop", AugmentSettings)] = None,
+    flip: Annotated[
+        bool | None,
+        typer.Option("--flip/--no-flip", help="flip half of the images left to right [on]", show_default=False),
+    ] = None,
+    randaugment: Annotated[int | None, train_option("randaugment", AugmentSettings)] = None,
+    erasing: Annotated[float | None, train_option("erasing", AugmentSettings)] = None,
+    eval_every: Annotated[int | None, train_option("eval_every")] = None,
+    seed: Annotated[int | None, train_option("seed")] = None,
+    classes: Annotated[Path | None, typer.Option(help="file of class names, one a line")] = None,
+    num_classes: Annotated[
+        int | None, typer.Option(min=1, help="number of classes, where neither a store nor --classes says it")
+    ] = None,
+    device: Device = "auto",
+    workers: LoaderWorkers = None,
+    threads: Threads = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> Mapping[str, Any]:
+    """Train a student from cached soft labels and the labeled set. Run it again to go on where it stopped."""
+    given = {name: value for name, value in locals().items() if value is not None}
+    settings = train_settings(recipe, given)
+    idle = [name for name in ("loss", "alpha", "temperature", "labeled_fraction") if name in given]
+    if labels is None and idle:
+        print(f"note: without --labels, {', '.join(idle)} have no effect", file=sys.stderr)
+    if workers != 0:
+        fork_server()
+    from pseudolabel.class_names import read_classes
+    from pseudolabel.labels.store import open_store
+    from pseudolabel.shard_lists import list_shards
+    from pseudolabel.train import train
+
+    place = training_place(device, workers, threads)
+    with Display() as display:
+        result = train(
+            settings,
+            out,
+            labeled=list_shards(labeled) if labeled else (),
+            unlabeled=list_shards(unlabeled) if unlabeled else (),
+            store=open_store(labels) if labels is not None else None,
+            val=list_shards(val) if val else (),
+            classes=read_classes(classes) if classes is not None else None,
+            num_classes=num_classes,
+            overwrite=overwrite,
+            on_progress=display.training,
+            **place,
+        )
+    print_pairs(
+        {name: value for name, value in dataclasses.asdict(result).items() if value is not None}, for_people(as_json)
+    )
+    return dataclasses.asdict(result)
+
+
+@command
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="run directory")],
+    shards: Shards,
+    store: Annotated[
+        Path | None,
+        typer.Option("--labels", help="store of soft labels of these shards: how often the model agrees with it"),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="samples per forward pass")] = 256,
+    trust_code: Annotated[
+        bool, typer.Option("--trust-code", help="let a model with a python: student call the function it names")
+    ] = False,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> Mapping[str, Any]:
+    """Measure a model on labeled shards: accuracy, top-5, NLL, ECE, per class, confusion."""
+    from pseudolabel.engines.local import resolve_device
+    from pseudolabel.evaluate import evaluate
+    from pseudolabel.labels.store import open_store
+    from pseudolabel.shard_lists import list_shards
+
+    opened = open_store(store) if store is not None else None
+    result = dataclasses.asdict(
+        evaluate(
+            model,
+            list_shards(shards),
+            store=opened,
+            device=resolve_device(device),
+            batch_size=batch_size,
+            trust_code=trust_code,
+        )
+    )
+    shown = {
+        name: result[name]
+        for name in ("samples", "accuracy", "top5", "nll", "ece", "agreement")
+        if result[name] is not None
+    }
+    per_class = {
+        f"  {name}": value
+        for name, value in zip(result["classes"], result["per_class"], strict=True)
+        if value is not None
+    }
+    print_pairs({**shown, "per class": "", **per_class}, for_people(as_json))
+    print_confusion(result["classes"], result["confusion"], for_people(as_json))
+    return result
