@@ -29,6 +29,7 @@ from pseudolabel.interfaces import Engine, LoadedTeacher, Teacher
 from pseudolabel.labeling import AnnotateWork, Progress, annotate_shard, identify, settle
 from pseudolabel.labels import store
 from pseudolabel.labels.schema import PartInfo
+from pseudolabel.precision import choose_precision
 from pseudolabel.settings import AnnotateSettings
 from pseudolabel.shard_lists import Shard, ShardsLike, as_shards
 from pseudolabel.stages import STAGES, bottleneck, shares
@@ -81,6 +82,7 @@ def annotate(
     engine, settings = engine or default_engine(), settings or AnnotateSettings()
     started = time.monotonic()
     devices = engine.devices()
+    settings = choose_precision(settings, engine)
     settings = choose_batch_size(settings, teacher, engine, storage.local_path(out))
     loaded = teacher.load(torch.device("cpu"))
     _compare_classes(shards, loaded)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pseudolabel.shards import ShardFile
+from pseudolabel.specs import CLASSES
 
-MAX_CLASSES = 1 << 20  # numbers above are ids
+MAX_CLASSES = CLASSES[-1]
 _MOST_DIGITS = 10
 
 

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+
 import torch
+
+from pseudolabel.interfaces import Engine
+from pseudolabel.settings import AnnotateSettings
 
 _TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -11,6 +18,22 @@ def autocast(precision: str, device: torch.device | str) -> torch.autocast:
     """The context to run a model in."""
     kind = torch.device(device).type
     return torch.autocast(kind, dtype=_TYPES.get(precision, torch.bfloat16), enabled=precision in _TYPES)
+
+
+def choose_precision(settings: AnnotateSettings, engine: Engine) -> AnnotateSettings:
+    """Settings whose precision is a name if it was `auto`: asked where the work will run, which may be elsewhere."""
+    if settings.precision != "auto":
+        return settings
+    with closing(engine.map(ResolvePrecision(), ["auto"])) as found:
+        return settings.model_copy(update={"precision": next(found)})
+
+
+@dataclass(frozen=True)
+class ResolvePrecision:
+    """What an engine runs: a worker's answer to `auto`. Pickles."""
+
+    def __call__(self, items: Iterator[str], device: str) -> Iterator[str]:
+        return (resolve_precision(item, device) for item in items)
 
 
 def resolve_precision(precision: str, device: torch.device | str) -> str:

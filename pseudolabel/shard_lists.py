@@ -50,6 +50,8 @@ def list_shards(spec: str | os.PathLike[str] | Iterable[str | os.PathLike[str]])
             raise ShardListError(
                 f"{os.fsencode(path)!r}: this file name is not UTF-8; rename the shard, or set PYTHONUTF8=1"
             )
+        if not name or name.startswith("."):
+            raise ShardListError(f"{path}: a shard's name must not begin with a dot: rename it")
         other = by_name.setdefault(name, path)
         if other != path and os.path.realpath(other) != os.path.realpath(path):
             raise ShardListError(

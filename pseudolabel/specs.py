@@ -17,6 +17,9 @@ from urllib.parse import parse_qsl, quote, unquote
 
 from pseudolabel.errors import SpecError
 
+CLASSES = range(1, (1 << 20) + 1)  # what a number of classes may be: larger ones are ids
+SEEDS = range(1 << 63)
+SIDES = range(1, 1 << 14)  # pixels
 _PLAIN = "/:.,~"  # characters of values that need no escape
 _SPECIAL = re.compile("[%?@]")  # characters of names that do
 
@@ -34,9 +37,9 @@ class Spec:
         name = _SPECIAL.sub(lambda match: quote(match[0], safe=""), self.name)
         return f"{self.scheme}:{name}" + (f"?{query}" if query else "")
 
-    def only(self, allowed: Iterable[str], whole: Mapping[str, int] | None = None) -> dict[str, Any]:
+    def only(self, allowed: Iterable[str], whole: Mapping[str, range] | None = None) -> dict[str, Any]:
         """The arguments as a dict. Raises `SpecError` for one that isn't `allowed`, naming the nearest that is, and
-        for one named in `whole` that isn't a whole number from the least value given there.
+        for one named in `whole` that isn't a whole number in the range given there.
         """
         allowed = list(allowed)
         for key, _ in self.args:
@@ -45,9 +48,9 @@ class Spec:
                     f"{self}: unknown argument {key!r}{nearest(key, allowed)}; it takes {', '.join(allowed) or 'none'}"
                 )
         args = dict(self.args)
-        for name, least in (whole or {}).items():
-            if name in args and (type(args[name]) is not int or args[name] < least):
-                raise SpecError(f"{self}: {name} must be a whole number from {least}")
+        for name, allows in (whole or {}).items():
+            if name in args and (type(args[name]) is not int or args[name] not in allows):
+                raise SpecError(f"{self}: {name} must be a whole number from {allows[0]} to {allows[-1]}")
         return args
 
 

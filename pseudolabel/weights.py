@@ -17,18 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from pseudolabel.errors import SpecError
-from pseudolabel.specs import Spec
+from pseudolabel.specs import SEEDS, Spec
 
 
 def weight_arguments(
-    spec: Spec, names: Iterable[str] = (), *, whole: Mapping[str, int] | None = None, published: str = ""
+    spec: Spec, names: Iterable[str] = (), *, whole: Mapping[str, range] | None = None, published: str = ""
 ) -> dict[str, Any]:
     """The arguments of a source with published weights: `pretrained=false` makes random ones from `seed`,
-    `weights_file` takes others. `names` and `whole` (numbers, from their least) are the source's own; `published` says
-    how its weights are named. Raises `SpecError`.
+    `weights_file` takes others. `names` and `whole` (numbers, with what they may be) are the source's own; `published`
+    says how its weights are named. Raises `SpecError`.
     """
     whole = whole or {}
-    args = spec.only((*names, "pretrained", "weights_file", *whole, "seed"), whole={**whole, "seed": 0})
+    args = spec.only((*names, "pretrained", "weights_file", *whole, "seed"), whole={**whole, "seed": SEEDS})
     if not isinstance(args.get("pretrained", True), bool):
         raise SpecError(f"{spec}: pretrained must be true or false{published and '; '}{published}")
     if args.get("pretrained") is False and "weights_file" in args:

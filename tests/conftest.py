@@ -102,10 +102,8 @@ class Cli:
         """Start without waiting; the process leads its own group, so a test can kill it with its children."""
         environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), **options.pop("env", {})}
         command = [sys.executable, "-m", "pseudolabel", *map(str, args)]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        return subprocess.Popen(
-            command, cwd=self.cwd, env=environment, text=True, start_new_session=True, **pipes, **options
-        )
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+        return subprocess.Popen(command, cwd=self.cwd, env=environment, text=True, start_new_session=True, **pipes)
 
     def __call__(self, *args: object, code: int = 0, **options: Any) -> tuple[dict[str, Any], str]:
         """Run with --json; returns the object and stderr. There is never a traceback, and stdout is one object."""

@@ -22,6 +22,7 @@ import typer
 from commands import FEW, Invoke, Refuse, distill
 from conftest import REPOSITORY, Cli, digit_like
 
+from pseudolabel.annotate import annotate
 from pseudolabel.cli import app
 from pseudolabel.shards import write_shard
 
@@ -36,6 +37,7 @@ def test_help_imports_neither_torch_nor_arrow_and_every_command_has_json() -> No
     script = """
 import json, sys
 from typer.testing import CliRunner
+from pseudolabel.annotate import annotate
 from pseudolabel.cli import app
 commands = [command.name or command.callback.__name__ for command in app.registered_commands]
 found = {name: CliRunner().invoke(app, [name, "--help"]) for name in commands}
@@ -238,3 +240,12 @@ def test_pack_refuses(
     refuse("pack", *args, kind=kind, said=said)
     assert (tmp_path / "full" / "val" / "val-000000.tar").read_bytes() == before.read_bytes()
     assert not list((tmp_path / "out").rglob("*.tar"))
+
+
+def test_a_full_disk_behind_stdout_is_one_line(corpus: Path, teacher_dir: Path, tmp_path: Path, cli: Cli) -> None:
+    annotate(str(corpus / "val"), f"checkpoint:{teacher_dir}", tmp_path / "store")
+    with open("/dev/full", "w") as full:
+        process = cli.start("inspect", "store", stdout=full)
+        _, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert err == "error: writing the result to stdout failed: No space left on device; the work itself is done\n"

@@ -41,6 +41,11 @@ def names(spec: Any) -> list[str]:
     return [shard.name for shard in list_shards(spec)]
 
 
+def test_a_name_that_a_store_would_hide_is_refused(places: Path) -> None:
+    with pytest.raises(ShardListError, match="must not begin with a dot"):
+        names(places / ".hidden.tar")
+
+
 def test_every_way_to_name_shards_gives_them_sorted(places: Path, tmp_path: Path) -> None:
     numbered = ["x-000000", "x-000001", "x-000002"]
     assert names(places) == names(str(places)) == names(f"{places}/") == [*numbered, "y"]

@@ -89,6 +89,7 @@ def test_nearest_is_silent_where_nothing_is_near() -> None:
         ("torchvision:resnet5", r"torchvision has no classifier 'resnet5' \(did you mean 'resnet50'\?\)"),
         ("torchvision:resnet18?weight=DEFAULT", r"unknown argument 'weight' \(did you mean 'weights'\?\)"),
         ("torchvision:resnet18?num_classes=ten", "num_classes must be a whole number from 1"),
+        ("torchvision:resnet18?num_classes=1000000000000", "num_classes must be a whole number from 1 to 1048576"),
         ("torchvision:resnet18?num_classes=0", "num_classes must be a whole number from 1"),
         ("torchvision:resnet18?num_classes=true", "num_classes must be a whole number from 1"),
         ("torchvision:resnet18?seed=-1", "seed must be a whole number from 0"),

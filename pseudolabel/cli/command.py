@@ -6,16 +6,19 @@ import contextlib
 import functools
 import io
 import json
+import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any
 
 import typer
 
 from pseudolabel.allocator import keep_freed_memory
 from pseudolabel.errors import PseudolabelError
+
+_OPEN_FILES = 1 << 16
 
 app = typer.Typer(
     add_completion=False,
@@ -52,6 +55,7 @@ def main() -> None:
     """Entry point: usage errors become JSON, too, if `--json` is given. A scheduler's SIGTERM ends as Ctrl-C does."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     keep_freed_memory()
+    _allow_open_files()
     warnings.showwarning = _show_warning
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -68,6 +72,43 @@ def main() -> None:
         sys.exit(2)
 
 
+def _allow_open_files() -> None:
+    """As many as this user may have, up to what anyone needs: loaders pass tensors as files."""
+    if sys.platform != "win32":
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        most = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
+        if soft != resource.RLIM_INFINITY and soft < most:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+@contextlib.contextmanager
+def _stdout_kept_clean() -> Iterator[None]:
+    """What the body, a library or a user's own teacher writes to stdout goes to stderr, the C library's output, too."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+def _flush_stdout() -> None:
+    """Now, while a full disk behind it can be reported: at exit Python prints a traceback."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        print(f"error: writing the result to stdout failed: {error.strerror}; the work itself is done", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left unwritten would fail again
+        raise typer.Exit(1) from None
+
+
 def _print_error(kind: str, message: str) -> None:
     print(json.dumps({"error": {"kind": kind, "message": message}}))
 
@@ -81,8 +122,7 @@ def command(function: Callable[..., Mapping[str, Any] | None]) -> Callable[..., 
     def wrapped(*args: Any, **kwargs: Any) -> None:
         as_json = bool(kwargs.get("as_json"))
         try:
-            # a library or a user's own teacher may print, too
-            with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+            with _stdout_kept_clean() if as_json else contextlib.nullcontext():
                 result = function(*args, **kwargs)
         except PseudolabelError as error:
             if as_json:
@@ -112,6 +152,7 @@ def command(function: Callable[..., Mapping[str, Any] | None]) -> Callable[..., 
         failed = bool(result and result.get("ok") is False)
         if as_json and result is not None:
             print(json.dumps(result))
+        _flush_stdout()
         if failed:
             raise typer.Exit(1)
 

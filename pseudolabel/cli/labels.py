@@ -36,7 +36,7 @@ from pseudolabel.display import Display, print_pairs, print_plan
 from pseudolabel.forkserver import fork_server
 
 if TYPE_CHECKING:
-    from pseudolabel.interfaces import Engine, Teacher
+    from pseudolabel.interfaces import Teacher
     from pseudolabel.shard_lists import Shard
 
 
@@ -75,14 +75,15 @@ def plan(
 ) -> Mapping[str, Any]:
     """Tell the bill of annotate beforehand: hours, bytes, rejects, and what each encoding costs and loses."""
     settings = annotate_settings(locals())
+    from pseudolabel.engines import make_engine
     from pseudolabel.plan import plan
 
-    listed, asked, engine = _work(shards, part_of, teacher, class_map, device, workers)
+    listed, asked = _work(shards, part_of, teacher, class_map)
     with Display() as display:
         result = plan(
             listed,
             asked,
-            engine=engine,
+            engine=make_engine("local", device, workers),
             settings=settings,
             out=out,
             probe_shards=probe_shards,
@@ -116,6 +117,12 @@ def annotate(
     compile_: Compile = False,
     device: Device = "auto",
     workers: AnnotateWorkers = None,
+    engine: Annotated[
+        str, typer.Option(help="local: this machine; ray: a Ray cluster, an actor per GPU or core")
+    ] = "local",
+    address: Annotated[
+        str | None, typer.Option(help="of the Ray cluster, such as auto or ray://head:10001 [RAY_ADDRESS]")
+    ] = None,
     part_of: Slice = None,
     max_reject_fraction: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="more rejected samples than this are an error")
@@ -124,18 +131,19 @@ def annotate(
 ) -> Mapping[str, Any]:
     """Run a teacher over shards and keep its soft labels. Run it again to go on where it stopped."""
     settings = annotate_settings(locals())
-    if workers != 1:
+    if workers != 1 and engine == "local":
         fork_server()
     from pseudolabel.annotate import annotate
+    from pseudolabel.engines import make_engine
 
-    listed, asked, engine = _work(shards, part_of, teacher, class_map, device, workers)
+    listed, asked = _work(shards, part_of, teacher, class_map)
     with Display() as display:
         display.begin_annotating(listed)
         result = annotate(
             listed,
             asked,
             out,
-            engine=engine,
+            engine=make_engine(engine, device, workers, address),
             settings=settings,
             max_reject_fraction=max_reject_fraction,
             on_progress=display.annotating,
@@ -147,16 +155,13 @@ def annotate(
 
 
 def _work(
-    shards: list[str], part_of: str | None, teacher: list[str], class_map: Path | None, device: str, workers: int | None
-) -> tuple[list[Shard], Teacher, Engine]:
-    """What is to be labeled, by whom and where: said to plan as to annotate."""
-    from pseudolabel.engines.local import LocalEngine, resolve_device
+    shards: list[str], part_of: str | None, teacher: list[str], class_map: Path | None
+) -> tuple[list[Shard], Teacher]:
+    """What is to be labeled and by whom: said to plan as to annotate."""
     from pseudolabel.shard_lists import list_shards, slice_shards
     from pseudolabel.teachers import parse_teachers
 
-    listed = slice_shards(list_shards(shards), part_of)
-    engine = LocalEngine(resolve_device(device), workers)
-    return listed, parse_teachers(teacher, class_map), engine
+    return slice_shards(list_shards(shards), part_of), parse_teachers(teacher, class_map)
 
 
 @command

@@ -29,7 +29,7 @@ from torch import Tensor
 from pseudolabel import specs
 from pseudolabel.class_names import parse_names, read_lines
 from pseudolabel.errors import SpecError
-from pseudolabel.specs import Spec
+from pseudolabel.specs import SIDES, Spec
 from pseudolabel.views.image import Normalize, Preprocessing
 from pseudolabel.weights import first_lines
 
@@ -257,4 +257,4 @@ def _per_channel(value: object, channels: int) -> list[float]:
 
 
 def _checked(spec: Spec) -> dict[str, Any]:
-    return spec.only(_ARGUMENTS, whole={"size": 1, "resize": 1})
+    return spec.only(_ARGUMENTS, whole={"size": SIDES, "resize": SIDES})

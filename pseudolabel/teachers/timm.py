@@ -25,7 +25,7 @@ from pseudolabel import specs
 from pseudolabel.class_names import usual_spelling
 from pseudolabel.classifier import Classifier, make_classifier
 from pseudolabel.errors import SpecError
-from pseudolabel.specs import Spec
+from pseudolabel.specs import CLASSES, Spec
 from pseudolabel.views.image import INTERPOLATIONS, Preprocessing
 from pseudolabel.weights import explain_misfit, first_lines, random_weights, read_weights, weight_arguments
 
@@ -134,7 +134,7 @@ def _classes(config: Mapping[str, Any]) -> tuple[str, ...] | None:
 
 def _checked(spec: Spec) -> dict[str, Any]:
     published = "the published weights are part of the name, NAME.TAG"
-    args = weight_arguments(spec, whole={"num_classes": 1}, published=published)
+    args = weight_arguments(spec, whole={"num_classes": CLASSES}, published=published)
     if args.get("pretrained", True) and "num_classes" in args and "weights_file" not in args:
         raise SpecError(f"{spec}: published weights bring their classes; drop num_classes=, or add weights_file=")
     return args

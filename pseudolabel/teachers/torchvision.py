@@ -23,7 +23,7 @@ from torchvision.transforms import InterpolationMode
 from pseudolabel import specs
 from pseudolabel.classifier import Classifier, make_classifier
 from pseudolabel.errors import SpecError
-from pseudolabel.specs import Spec
+from pseudolabel.specs import CLASSES, SEEDS, Spec
 from pseudolabel.views.image import Preprocessing
 from pseudolabel.weights import fill, first_lines, random_weights, read_weights
 
@@ -88,7 +88,7 @@ def make(spec: Spec) -> TorchvisionTeacher:
 
 
 def _checked(spec: Spec) -> dict[str, Any]:
-    args = spec.only(_ARGUMENTS, whole={"num_classes": 1, "seed": 0})
+    args = spec.only(_ARGUMENTS, whole={"num_classes": CLASSES, "seed": SEEDS})
     if "weights" in args and "num_classes" in args:
         raise SpecError(f"{spec}: weights= says the number of classes; drop it or num_classes=")
     return args
