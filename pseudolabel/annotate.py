@@ -13,7 +13,7 @@ import socket
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,12 @@ import torch
 from pseudolabel import storage
 from pseudolabel.batch_size import choose_batch_size
 from pseudolabel.engines import default_engine
-from pseudolabel.errors import DamagedShard, StoreMismatch, TooManyRejects
+from pseudolabel.errors import DamagedShard, PseudolabelError, StoreMismatch, TooManyRejects
 from pseudolabel.inputs import named_beside
 from pseudolabel.interfaces import Engine, LoadedTeacher, Teacher
 from pseudolabel.labeling import AnnotateWork, Progress, annotate_shard, identify, settle
 from pseudolabel.labels import store
+from pseudolabel.labels.footers import read_footers
 from pseudolabel.labels.schema import PartInfo
 from pseudolabel.precision import choose_precision
 from pseudolabel.settings import AnnotateSettings
@@ -38,6 +39,7 @@ from pseudolabel.teachers import parse_teacher
 __all__ = ["AnnotateResult", "Progress", "annotate", "annotate_shard"]
 
 _EARLY_STOP_SAMPLES = 1000
+_KEEP_EVERY = 5000  # parts: what a later command would have to read one by one
 
 
 @dataclass(frozen=True)
@@ -89,14 +91,15 @@ def annotate(
     settings = settle(settings, devices[0], loaded)
     target = store.create(out, identify(loaded, settings))
     del loaded
-    done = set(target.part_names())
+    done = read_footers(target, {shard.name for shard in shards}, keep=True)
     tally = _Tally(max_reject_fraction)
     for shard in shards:
         if shard.name in done:
-            info = target.info(shard.name)
+            info = done[shard.name].info
             _check_same_size(shard, info)
             tally.add(shard, info.samples, info.rejects)
     todo = {shard.name: shard for shard in shards if shard.name not in done}
+    fresh = 0
     work = AnnotateWork(teacher, settings, str(target.root), target.fingerprint, len(devices))
     log = target.root / "log" / f"annotate-{time.strftime('%Y%m%dT%H%M%S')}-{socket.gethostname()}-{os.getpid()}.jsonl"
     damage: list[DamagedShard] = []
@@ -111,10 +114,15 @@ def annotate(
                     spent = {stage: spent[stage] + event.finished["seconds"][stage] for stage in STAGES}
                     tally.add(todo[event.shard], event.finished["samples"], event.finished["rejects"])
                     tally.check(at_least=_EARLY_STOP_SAMPLES)
+                    fresh += 1
+                    if fresh % _KEEP_EVERY == 0:
+                        _remember(target)
                 if on_progress is not None:
                     on_progress(event)
     finally:
         target.tidy()  # the workers are gone; what they had begun to write is stale
+        if fresh:
+            _remember(target)
     if damage:
         raise _all_damage(damage, len(shards))
     tally.check()
@@ -159,6 +167,12 @@ class _Tally:
                 f"the worst shard is {path}: {rejects} of {samples}; the reasons are in the store's rejects/\n"
                 "mend the shards, or raise the limit; finished shards are kept"
             )
+
+
+def _remember(target: store.Store) -> None:
+    """Keep the footers for the next command. What is wrong with a part, it will say."""
+    with suppress(PseudolabelError):
+        read_footers(target, keep=True)
 
 
 def _compare_classes(shards: Sequence[Shard], teacher: LoadedTeacher) -> None:

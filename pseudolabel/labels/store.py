@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,9 +100,6 @@ class Store:
                 f"{path}: holds the labels of shard {info.shard!r}, not {shard!r}; give it its own name back"
             )
         return info
-
-    def infos(self) -> Iterator[PartInfo]:
-        return (self.info(name) for name in self.part_names())
 
     def read(self, shard: str, columns: list[str] | None = None) -> pa.Table:
         """A part's rows, whole file verified. Raises `DamagedPart`, `StorageError`."""

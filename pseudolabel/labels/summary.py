@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pseudolabel.labels.footers import read_footers
 from pseudolabel.labels.store import Store
 
 
@@ -33,12 +34,12 @@ def summarize_store(store: Store) -> StoreSummary:
     rows = parts = rejects = size = 0
     sums: dict[str, float] = {}
     worst: dict[str, float] = {}
-    for info in store.infos():
+    for info, bytes_, _ in read_footers(store).values():
         labeled = (info.samples - info.rejects) * store.identity.num_views
         rows += labeled
         rejects += info.rejects
         parts += 1
-        size += store.part_path(info.shard).stat().st_size
+        size += bytes_
         for temperature, value in info.fidelity["mean"].items():
             sums[temperature] = sums.get(temperature, 0.0) + value * labeled
         for temperature, value in info.fidelity["p99"].items():
