@@ -34,6 +34,22 @@ def test_killed_at_every_commit_step_and_at_random_moments(
     assert json.loads(done.stdout.splitlines()[-1])["kills"] >= least
 
 
+@pytest.mark.parametrize("seed", [1, 2])
+def test_jobs_side_by_side_on_one_store_killed_and_starved_at_random(seed: int, corpus: Path) -> None:
+    make_model(corpus / "teacher")
+    spoiled = [("good", {"png": image_bytes()}), ("bad", {"png": b"no image"})]
+    write_shard(corpus / "unlabeled" / "spoiled.tar", spoiled)
+    for shard in range(6):
+        samples = [(f"{shard}-{index}", {"png": image_bytes(100 * shard + index)}) for index in range(20)]
+        write_shard(corpus / "unlabeled" / f"more-{shard}.tar", samples)
+    command = [sys.executable, str(REPOSITORY / "tests" / "chaos.py"), "12", str(seed), str(corpus)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ended = json.loads(done.stdout.splitlines()[-1])
+    assert ended["killed"] > 0
+    assert ended["rounds"] >= 6
+
+
 @pytest.fixture
 def long_corpus(tmp_path: Path) -> Path:
     for shard in range(40):
