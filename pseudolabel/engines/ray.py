@@ -65,9 +65,10 @@ class RayEngine:
         needs = {"num_cpus": 1.0, "num_gpus": 0.0 if device == "cpu" else 1.0}
         there = ray.cluster_resources().get("CPU" if device == "cpu" else "GPU", 1)
         count = min(self.workers or max(int(there), 1), len(items))
-        pool = _Pool(ray, ray.remote(max_restarts=0, max_concurrency=1, **needs)(_Worker), work, device, deque(items))
+        actors = ray.remote(max_restarts=0, max_concurrency=1, **needs)(_Worker)
+        pool = _Pool(ray, actors, count, work, device, deque(items))
         try:
-            yield from pool.run(count)
+            yield from pool.run()
         finally:
             pool.end()
 
@@ -99,16 +100,16 @@ class _Actor:
 class _Pool:
     """The driver's side: hands items out, collects results, replaces what died."""
 
-    def __init__(self, ray: Any, actor_class: Any, work: Any, device: str, items: deque[Any]) -> None:
-        self._ray, self._class, self._device, self._items = ray, actor_class, device, items
+    def __init__(self, ray: Any, actor_class: Any, count: int, work: Any, device: str, items: deque[Any]) -> None:
+        self._ray, self._class, self._count, self._device, self._items = ray, actor_class, count, device, items
         self._arguments = (ray.put(work), device, os.getcwd())
         self._actors: list[_Actor] = []
         self._false_starts = 0
-        self._deaths: list[tuple[Any, int]] = []
+        self._deaths: list[Any] = []  # an item for each actor that died while it had it
 
-    def run(self, count: int) -> Iterator[Any]:
+    def run(self) -> Iterator[Any]:
         """All results. Ends when every item is done."""
-        for _ in range(count):
+        for _ in range(self._count):
             self._start()
         while self._actors:
             calls = {actor.call: actor for actor in self._actors}
@@ -165,18 +166,17 @@ class _Pool:
     def _bury(self, actor: _Actor, death: Exception) -> None:
         self._actors.remove(actor)
         self._false_starts += not actor.started
-        if self._false_starts >= _TRIES:
+        if self._false_starts >= _TRIES * self._count:  # with one node many may go
             raise WorkerDied(
                 f"{self._false_starts} workers on the Ray cluster ended before they had begun\n"
                 f"the last one: {_short(death)}\n"
                 "does every node have this package and its dependencies, and memory for the teacher?"
             ) from death
         for item in actor.holds:
-            deaths = sum(died == item for died, _ in self._deaths) + 1
-            self._deaths.append((item, deaths))
-            if deaths >= _TRIES:
+            self._deaths.append(item)
+            if (times := self._deaths.count(item)) >= _TRIES:
                 raise WorkerDied(
-                    f"{getattr(item, 'path', item)}: {deaths} workers ended while they had it (killed, or out of "
+                    f"{getattr(item, 'path', item)}: {times} workers ended while they had it (killed, or out of "
                     "memory?)\n"
                     f"the last one: {_short(death)}\n"
                     "run the same command again: finished shards are kept; a smaller --batch-size needs less memory"
