@@ -29,16 +29,21 @@ _SECONDS = 0.5  # of timing, at least, for each size
 _LONGEST = 10.0  # seconds for one pass: no larger batch is tried
 
 
-def choose_batch_size(settings: AnnotateSettings, teacher: Teacher, engine: Engine, out: Path) -> AnnotateSettings:
-    """Settings whose batch size is a number if it was `auto`. Raises what loading the teacher raises."""
+def choose_batch_size(
+    settings: AnnotateSettings, teacher: Teacher, engine: Engine, out: Path | None, *, keep: bool = True
+) -> AnnotateSettings:
+    """Settings whose batch size is a number if it was `auto`: the one known for the store at `out`, or one that is
+    tried now and, with `keep`, known from then on. Raises what loading the teacher raises.
+    """
     if settings.batch_size != "auto":
         return settings
-    path = out / "annotate.json"
-    known = _read(path)
+    path = out / "annotate.json" if out is not None else None
+    known = _read(path) if path is not None else None
     if known is None:
         with closing(engine.map(ProbeBatchSize(teacher, settings), ["probe"])) as found:
             known = next(found)
-        storage.write_atomic(path, json.dumps(known) + "\n")
+        if path is not None and keep:
+            storage.write_atomic(path, json.dumps(known) + "\n")
     return settings.model_copy(update={"batch_size": known["batch_size"]})
 
 

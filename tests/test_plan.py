@@ -462,3 +462,36 @@ def test_the_same_errors_from_the_function(tmp_path: Path, corpus: Path, teacher
         _plan(tmp_path / "nowhere", teacher_dir)
     with pytest.raises(SpecError, match="only 4 classes"):
         _plan(corpus / "unlabeled", teacher_dir, "topk:5")
+
+
+class Watched(LocalEngine):
+    """Remembers the batch sizes of the work that it was given."""
+
+    def map(self, work: Any, items: Any) -> Any:
+        if isinstance(size := getattr(getattr(getattr(work, "work", None), "settings", None), "batch_size", None), int):
+            SIZES.append(size)
+        return super().map(work, items)
+
+
+SIZES: list[int] = []
+
+
+def test_an_automatic_batch_size_is_tried_or_the_stores_and_nothing_is_written(
+    tmp_path: Path, corpus: Path, teacher_dir: Path
+) -> None:
+    how: Any = {
+        "engine": Watched("cpu", 1),
+        "settings": AnnotateSettings(precision="fp32", batch_size="auto"),
+        "out": tmp_path / "store",
+        "probe_seconds": 0,
+    }
+    SIZES.clear()
+    plan(corpus / "unlabeled", f"checkpoint:{teacher_dir}", **how)
+    assert set(SIZES) <= {8 << doublings for doublings in range(8)}
+    assert len(set(SIZES)) == 1
+    assert not (tmp_path / "store").exists()
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "annotate.json").write_text('{"batch_size": 3}')
+    SIZES.clear()
+    plan(corpus / "unlabeled", f"checkpoint:{teacher_dir}", **how)
+    assert set(SIZES) == {3}

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from pseudolabel import storage
+from pseudolabel.batch_size import choose_batch_size
 from pseudolabel.engines import default_engine
 from pseudolabel.errors import StoreMismatch
 from pseudolabel.interfaces import Engine, Teacher
@@ -26,6 +27,7 @@ from pseudolabel.plan.census import Census, take_census
 from pseudolabel.plan.estimates import makespan
 from pseudolabel.plan.price import Price, RejectForecast, candidates, forecast_rejects, price
 from pseudolabel.plan.probe import Probe
+from pseudolabel.precision import choose_precision
 from pseudolabel.settings import AnnotateSettings
 from pseudolabel.shard_lists import ShardsLike, as_shards
 from pseudolabel.teachers import parse_teacher
@@ -116,6 +118,8 @@ def plan(
     teacher = parse_teacher(teacher) if isinstance(teacher, str) else teacher
     engine, settings = engine or default_engine(), settings or AnnotateSettings()
     say("loading the teacher")
+    settings = choose_precision(settings, engine)
+    settings = choose_batch_size(settings, teacher, engine, storage.local_path(out) if out else None, keep=False)
     loaded = teacher.load(torch.device("cpu"))
     settings = settle(settings, engine.devices()[0], loaded)
     identity, dense = identify(loaded, settings), settings.model_copy(update={"encoding": "dense"})
