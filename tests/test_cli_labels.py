@@ -133,6 +133,8 @@ def test_a_store_goes_on_with_its_own_teacher_and_settings_only(
         ("--slice", "1", "ShardListError", "--slice '1': write i/n"),
         ("--slice", "3/4", "ShardListError", "--slice 3/4: empty, there are only 3 shards"),
         ("--device", "tpu", "SpecError", "--device tpu: not usable here"),
+        ("--engine", "dask", "SpecError", "--engine dask: write local or ray"),
+        ("--address", "auto", "SpecError", "--address auto: is of a Ray cluster; add --engine ray"),
     ],
 )
 def test_annotate_refuses_nonsense_before_it_makes_a_store(
