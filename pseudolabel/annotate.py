@@ -28,7 +28,7 @@ from pseudolabel.inputs import named_beside
 from pseudolabel.interfaces import Engine, LoadedTeacher, Teacher
 from pseudolabel.labeling import AnnotateWork, Progress, annotate_shard, identify, settle
 from pseudolabel.labels import store
-from pseudolabel.labels.footers import read_footers
+from pseudolabel.labels.footers import WORTH_IT, read_footers
 from pseudolabel.labels.schema import PartInfo
 from pseudolabel.precision import choose_precision
 from pseudolabel.settings import AnnotateSettings
@@ -93,12 +93,15 @@ def annotate(
     del loaded
     done = read_footers(target, {shard.name for shard in shards}, keep=True)
     tally = _Tally(max_reject_fraction)
+    todo: dict[str, Shard] = {}
     for shard in shards:
-        if shard.name in done:
-            info = done[shard.name].info
-            _check_same_size(shard, info)
-            tally.add(shard, info.samples, info.rejects)
-    todo = {shard.name: shard for shard in shards if shard.name not in done}
+        footer = done.pop(shard.name, None)
+        if footer is None:
+            todo[shard.name] = shard
+            continue
+        info = footer.info
+        _check_same_size(shard, info)
+        tally.add(shard, info.samples, info.rejects)
     fresh = 0
     work = AnnotateWork(teacher, settings, str(target.root), target.fingerprint, len(devices))
     log = target.root / "log" / f"annotate-{time.strftime('%Y%m%dT%H%M%S')}-{socket.gethostname()}-{os.getpid()}.jsonl"
@@ -121,7 +124,7 @@ def annotate(
                     on_progress(event)
     finally:
         target.tidy()  # the workers are gone; what they had begun to write is stale
-        if fresh:
+        if fresh % _KEEP_EVERY >= WORTH_IT:
             _remember(target)
     if damage:
         raise _all_damage(damage, len(shards))

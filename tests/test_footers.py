@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,8 @@ from pseudolabel.settings import AnnotateSettings
 @pytest.fixture
 def opened(corpus: Path, teacher_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     """A store of three parts that remembers from the first part on."""
-    monkeypatch.setattr(footers, "_WORTH_IT", 1)
+    monkeypatch.setattr(footers, "WORTH_IT", 1)
+    monkeypatch.setattr(sys.modules["pseudolabel.annotate"], "WORTH_IT", 1)  # the package offers the verb by that name
     annotate(corpus / "unlabeled", f"checkpoint:{teacher_dir}", tmp_path / "store", settings=AnnotateSettings())
     return open_store(tmp_path / "store")
 

@@ -21,15 +21,21 @@ from pseudolabel.labels.schema import PartInfo
 from pseudolabel.labels.store import Store
 
 _SCHEMA = pa.schema([("shard", pa.string()), ("bytes", pa.int64()), ("time_ns", pa.int64()), ("info", pa.string())])
-_WORTH_IT = 100  # new footers before the file is written again
+WORTH_IT = 100  # new footers before the file is written again
+_CHUNK = 10_000  # rows that are Python objects at once, beside those that are kept
 
 
 class Footer(NamedTuple):
-    """A part's footer, and the size and time of change of its file."""
+    """A part's footer as JSON, and the size and time of change of its file. Small: there may be a hundred thousand."""
 
-    info: PartInfo
     bytes: int
     time_ns: int
+    text: str
+
+    @property
+    def info(self) -> PartInfo:
+        """What it says, read anew each time."""
+        return PartInfo(**json.loads(self.text))
 
 
 def read_footers(store: Store, only: Container[str] | None = None, *, keep: bool = False) -> dict[str, Footer]:
@@ -44,10 +50,10 @@ def read_footers(store: Store, only: Container[str] | None = None, *, keep: bool
             continue
         footer = known.get(name)
         if footer is None or (footer.bytes, footer.time_ns) != (size, time_ns):
-            footer = Footer(store.info(name), size, time_ns)
+            footer = Footer(size, time_ns, json.dumps(store.info(name).to_json()))
             new += 1
         found[name] = footer
-    if keep and new >= _WORTH_IT:
+    if keep and new >= WORTH_IT:
         with contextlib.suppress(StorageError):  # a cache, on a disk that may be full
             _save(store, {**known, **found})
     return found
@@ -71,11 +77,9 @@ def _load(store: Store) -> dict[str, Footer]:
     try:
         if schema.read_metadata(path).get("fingerprint") != store.fingerprint:
             return {}
-        columns = schema.read_table(path).to_pydict()
-        return {
-            name: Footer(PartInfo(**json.loads(info)), size, time_ns)
-            for name, size, time_ns, info in zip(*(columns[one] for one in _SCHEMA.names), strict=True)
-        }
+        batches = schema.read_table(path).to_batches(max_chunksize=_CHUNK)
+        columns = (batch.to_pydict().values() for batch in batches)
+        return {name: Footer(*facts) for chunk in columns for name, *facts in zip(*chunk, strict=True)}
     except (PseudolabelError, KeyError, TypeError, ValueError):
         return {}  # none there, or spoiled: the footers are read again
 
@@ -85,7 +89,7 @@ def _save(store: Store, footers: Mapping[str, Footer]) -> None:
         list(footers),
         [one.bytes for one in footers.values()],
         [one.time_ns for one in footers.values()],
-        [json.dumps(one.info.to_json()) for one in footers.values()],
+        [one.text for one in footers.values()],
     ]
     arrays = [pa.array(column, field.type) for column, field in zip(columns, _SCHEMA, strict=True)]
     facts = {"format_version": schema.FORMAT_VERSION, "fingerprint": store.fingerprint}

@@ -34,12 +34,13 @@ def summarize_store(store: Store) -> StoreSummary:
     rows = parts = rejects = size = 0
     sums: dict[str, float] = {}
     worst: dict[str, float] = {}
-    for info, bytes_, _ in read_footers(store).values():
+    for footer in read_footers(store).values():
+        info = footer.info
         labeled = (info.samples - info.rejects) * store.identity.num_views
         rows += labeled
         rejects += info.rejects
         parts += 1
-        size += bytes_
+        size += footer.bytes
         for temperature, value in info.fidelity["mean"].items():
             sums[temperature] = sums.get(temperature, 0.0) + value * labeled
         for temperature, value in info.fidelity["p99"].items():
