@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Cli
 
 from pseudolabel.annotate import Progress, annotate
 from pseudolabel.engines.local import LocalEngine
@@ -109,22 +108,6 @@ def test_a_node_lost_in_the_middle_costs_nothing(cluster: Any, corpus: Path, tea
     assert lost
     assert result.parts_written == 5
     assert _hashes(tmp_path / "ray") == _hashes(tmp_path / "serial")
-
-
-def test_the_command_gives_what_one_process_gives(
-    cluster: Any, cli: Cli, corpus: Path, teacher_dir: Path, tmp_path: Path
-) -> None:
-    how = ("annotate", "corpus/unlabeled", "--teacher", "checkpoint:teacher", "--batch-size", 5)
-    cli(*how, "--out", "serial", "--workers", 1, "--device", "cpu")
-    result, _ = cli(*how, "--out", "ray", "--engine", "ray", "--address", cluster.address)
-    assert result["parts_written"] == 3
-    assert _hashes(tmp_path / "ray") == _hashes(tmp_path / "serial")
-
-
-def test_a_cluster_that_is_not_there_is_one_line(cli: Cli, corpus: Path, teacher_dir: Path) -> None:
-    how = ("annotate", "corpus/unlabeled", "--teacher", "checkpoint:teacher", "--out", "store", "--engine", "ray")
-    result, _ = cli(*how, "--address", "127.0.0.1:1", code=1)
-    assert "no Ray cluster can be reached there" in result["error"]["message"]
 
 
 def _hashes(store: Path) -> dict[str, str]:

@@ -159,6 +159,7 @@ class _Pool:
                 yield value
             elif kind == "done":
                 self._actors.remove(actor)
+                self._ray.kill(actor.handle)  # or its place is free only when the handle is collected
                 return
         actor.holds += given
         actor.call = actor.handle.turn.remote(given, ends)
