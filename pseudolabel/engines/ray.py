@@ -12,7 +12,10 @@ it, so that relative paths mean the same.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
+import signal
+import socket
 import threading
 import traceback
 import warnings
@@ -79,11 +82,16 @@ class RayEngine:
             raise SpecError("--engine ray: Ray isn't installed; pip install 'pseudolabel[ray]'") from error
         if not ray.is_initialized():
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+            address = self.address or os.environ.get("RAY_ADDRESS") or "local"
+            before = signal.getsignal(signal.SIGTERM)
             try:
-                ray.init(self.address, include_dashboard=False, log_to_driver=False, logging_level="warning")
-            except (ConnectionError, ValueError, RuntimeError) as error:
+                _knock(address)
+                ray.init(address, log_to_driver=False, logging_level=logging.WARNING)
+            except (OSError, ValueError, RuntimeError) as error:
                 why = (str(error) or type(error).__name__).splitlines()[0]
-                raise SpecError(f"--address {self.address}: no Ray cluster can be reached there: {why}") from error
+                raise SpecError(f"--address {address}: no Ray cluster can be reached there: {why}") from error
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, before)  # Ray sets its own, which would not end as the command does
         return ray
 
 
@@ -192,6 +200,13 @@ class _Pool:
         warnings.warn(
             f"no worker has a place on the Ray cluster yet: each needs {wanted}, free are {free}", stacklevel=2
         )
+
+
+def _knock(address: str) -> None:
+    """Raise `OSError` soon if nobody listens at a host and port: Ray itself tries for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdecimal():
+        socket.create_connection((host, int(port)), timeout=_LAST_WORDS).close()
 
 
 def _short(death: Exception) -> str:
