@@ -7,7 +7,6 @@ What happens to one shard is in `labeling.py`; where it happens is the engine's 
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import time
@@ -15,8 +14,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -63,7 +60,7 @@ class AnnotateResult:
 def annotate(
     shards: ShardsLike,
     teacher: Teacher | str,
-    out: str | Path,
+    out: str | os.PathLike[str],
     *,
     engine: Engine | None = None,
     settings: AnnotateSettings | None = None,
@@ -85,7 +82,7 @@ def annotate(
     started = time.monotonic()
     devices = engine.devices()
     settings = choose_precision(settings, engine)
-    settings = choose_batch_size(settings, teacher, engine, storage.local_path(out))
+    settings = choose_batch_size(settings, teacher, engine, storage.location(out))
     loaded = teacher.load(torch.device("cpu"))
     _compare_classes(shards, loaded)
     settings = settle(settings, devices[0], loaded)
@@ -103,8 +100,10 @@ def annotate(
         _check_same_size(shard, info)
         tally.add(shard, info.samples, info.rejects)
     fresh = 0
-    work = AnnotateWork(teacher, settings, str(target.root), target.fingerprint, len(devices))
-    log = target.root / "log" / f"annotate-{time.strftime('%Y%m%dT%H%M%S')}-{socket.gethostname()}-{os.getpid()}.jsonl"
+    work = AnnotateWork(teacher, settings, os.fspath(target.root), target.fingerprint, len(devices))
+    log = storage.Journal(
+        target.root / "log" / f"annotate-{time.strftime('%Y%m%dT%H%M%S')}-{socket.gethostname()}-{os.getpid()}.jsonl"
+    )
     damage: list[DamagedShard] = []
     spent = dict.fromkeys(STAGES, 0.0)
     try:
@@ -113,7 +112,7 @@ def annotate(
                 if event.damage is not None:
                     damage.append(event.damage)
                 if event.finished is not None:
-                    _append_line(log, {"shard": event.shard, **event.finished})
+                    log.append({"shard": event.shard, **event.finished})
                     spent = {stage: spent[stage] + event.finished["seconds"][stage] for stage in STAGES}
                     tally.add(todo[event.shard], event.finished["samples"], event.finished["rejects"])
                     tally.check(at_least=_EARLY_STOP_SAMPLES)
@@ -123,6 +122,7 @@ def annotate(
                 if on_progress is not None:
                     on_progress(event)
     finally:
+        log.close()
         target.tidy()  # the workers are gone; what they had begun to write is stale
         if fresh % _KEEP_EVERY >= WORTH_IT:
             _remember(target)
@@ -144,7 +144,8 @@ def annotate(
         stages,
         bound,
     )
-    _append_line(log, {"result": asdict(result)})
+    log.append({"result": asdict(result)})
+    log.close()
     return result
 
 
@@ -159,7 +160,7 @@ class _Tally:
     def add(self, shard: Shard, samples: int, rejects: int) -> None:
         self.samples += samples
         self.rejects += rejects
-        self._worst = max(self._worst, (rejects / max(samples, 1), rejects, samples, shard.path))
+        self._worst = max(self._worst, (rejects / max(samples, 1), rejects, samples, shard.where))
 
     def check(self, at_least: int = 1) -> None:
         if self.samples >= at_least and self.rejects > self._limit * self.samples:
@@ -197,19 +198,10 @@ def _all_damage(damage: list[DamagedShard], shards: int) -> DamagedShard:
 
 
 def _check_same_size(shard: Shard, info: PartInfo) -> None:
-    path = storage.local_path(shard.path)
-    with storage.explain_os_errors(path, "reading"):
-        size = path.stat().st_size
+    size = storage.entry(storage.location(shard.path)).size if shard.size is None else shard.size
     if size != info.size:
         raise StoreMismatch(
-            f"{shard.path}: {size} bytes, but {info.size} when it was annotated: the shard was edited "
+            f"{shard.where}: {size} bytes, but {info.size} when it was annotated: the shard was edited "
             "or is another one\n"
             "put the old shard back, or delete its part to annotate it anew"
         )
-
-
-def _append_line(path: Path, record: dict[str, Any]) -> None:
-    with storage.explain_os_errors(path, "writing"):
-        path.parent.mkdir(exist_ok=True)
-    with storage.explain_os_errors(path, "writing"), open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")

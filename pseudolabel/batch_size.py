@@ -11,13 +11,12 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from pseudolabel import storage
-from pseudolabel.errors import OutOfMemory
+from pseudolabel.errors import OutOfMemory, StorageError
 from pseudolabel.forward import Forward
 from pseudolabel.interfaces import Engine, Teacher
 from pseudolabel.labeling import settle
@@ -30,7 +29,7 @@ _LONGEST = 10.0  # seconds for one pass: no larger batch is tried
 
 
 def choose_batch_size(
-    settings: AnnotateSettings, teacher: Teacher, engine: Engine, out: Path | None, *, keep: bool = True
+    settings: AnnotateSettings, teacher: Teacher, engine: Engine, out: storage.Location | None, *, keep: bool = True
 ) -> AnnotateSettings:
     """Settings whose batch size is a number if it was `auto`: the one known for the store at `out`, or one that is
     tried now and, with `keep`, known from then on. Raises what loading the teacher raises.
@@ -47,11 +46,11 @@ def choose_batch_size(
     return settings.model_copy(update={"batch_size": known["batch_size"]})
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def _read(path: storage.Location) -> dict[str, Any] | None:
     try:
         known = json.loads(path.read_text(encoding="utf-8"))
         return dict(known) if isinstance(known["batch_size"], int) and known["batch_size"] > 0 else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, StorageError, ValueError, KeyError, TypeError):
         return None  # none there, or spoiled: it is probed again
 
 

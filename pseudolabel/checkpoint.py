@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from pseudolabel import specs, storage
 from pseudolabel.classifier import Classifier, make_classifier, weights_sha256
 from pseudolabel.errors import DamagedModel, SpecError
+from pseudolabel.storage import Location
 from pseudolabel.students import build_student
 from pseudolabel.views.image import Preprocessing
 
@@ -72,7 +74,7 @@ def save_model(directory: Path, card: ModelCard, body: nn.Module) -> None:
     storage.write_atomic(directory / "model.json", json.dumps(content, indent=1) + "\n")
 
 
-def read_card(directory: Path) -> tuple[ModelCard, str]:
+def read_card(directory: Location) -> tuple[ModelCard, str]:
     """The card and the hash its weights must have. Raises `DamagedModel`."""
     path = directory / "model.json"
     if not path.exists():
@@ -98,13 +100,14 @@ def _card_sha256(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def load_weights(directory: Path, body: nn.Module, sha256: str | None = None) -> None:
+def load_weights(directory: Location, body: nn.Module, sha256: str | None = None) -> None:
     """Load model.safetensors into `body`. Raises `DamagedModel` if it is torn, of another architecture, or not what
     was saved.
     """
     path = directory / "model.safetensors"
     try:
-        body.load_state_dict(load_file(path))
+        with storage.local_copy(path) as file:
+            body.load_state_dict(load_file(file))
     except (OSError, SafetensorError, RuntimeError) as error:
         raise DamagedModel(
             f"{path}: these weights don't load: {str(error).splitlines()[0]}; train again or restore a copy"
@@ -115,14 +118,14 @@ def load_weights(directory: Path, body: nn.Module, sha256: str | None = None) ->
         )
 
 
-def load_model(directory: Path, device: torch.device, *, trust_code: bool = False) -> Classifier:
+def load_model(directory: str | os.PathLike[str], device: torch.device, *, trust_code: bool = False) -> Classifier:
     """A finished run's model, ready for `device`.
 
     Raises:
         DamagedModel: it is incomplete, edited, or not what was saved.
         SpecError: its student is `python:…`, which runs code of model.json's choosing, and `trust_code` is off.
     """
-    directory = storage.local_path(directory)
+    directory = storage.location(directory)
     card, sha256 = read_card(directory)
     if not trust_code and specs.parse(card.student).scheme == "python":
         raise SpecError(

@@ -18,7 +18,7 @@ from pseudolabel.errors import RecipeError, SpecError
 def read_lines(path: str | Path, what: str) -> tuple[str, ...]:
     """The lines of a text file that aren't blank. Raises `SpecError` if there are none, or one occurs twice."""
     try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in storage.location(path).read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise SpecError(f"{path}: can't be read as a file of {what} ({error}); write one a line") from error
     found = tuple(line for line in lines if line)
@@ -56,7 +56,7 @@ def parse_names(text: str, source: str) -> tuple[str, ...]:
 
 def read_classes(path: str | Path) -> tuple[str, ...]:
     """Class names, one a line. Raises `RecipeError`."""
-    file = storage.local_path(path)
+    file = storage.location(path)
     try:
         names = tuple(line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
     except (OSError, ValueError) as error:

@@ -80,7 +80,7 @@ class _OpenShard:
             return prepare(decode(self.file.read(position, image_field(self.file.field_names(position)))))
         except UndecodableImage as error:
             raise LabelError(
-                f"{self.file.shard.path}: training sample {self.file.keys[position]!r} can't be "
+                f"{self.file.shard.where}: training sample {self.file.keys[position]!r} can't be "
                 f"decoded: {error}; remove or replace it"
             ) from error
 

@@ -59,7 +59,7 @@ class _Decoder(Dataset[tuple[Shard, Entry]]):
                 self._opened.close()
             self._opened = ShardFile(piece.shard)
         if self._opened.version != piece.version:
-            raise DamagedShard(f"{piece.shard.path}: this shard was changed or replaced while it was read\nrerun")
+            raise DamagedShard(f"{piece.shard.where}: this shard was changed or replaced while it was read\nrerun")
         return self._opened
 
 

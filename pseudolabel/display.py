@@ -20,6 +20,12 @@ _FEW_STEPS = 100
 _QUIET_SECONDS = 10.0  # without a terminal, a line this often
 
 
+def _bytes_of(shard: Shard) -> int:
+    if shard.size is not None:
+        return shard.size
+    return os.path.getsize(shard.path) if os.path.exists(shard.path) else 0
+
+
 class Display:
     """Progress of one command. On a terminal a live bar with rate and time left, elsewhere a line now and then."""
 
@@ -56,7 +62,7 @@ class Display:
     def begin_annotating(self, shards: Sequence[Shard]) -> None:
         self._samples = self._bytes = self._shards = 0
         self._spent = {}
-        self._total_bytes = sum(os.path.getsize(shard.path) for shard in shards if os.path.exists(shard.path))
+        self._total_bytes = sum(_bytes_of(shard) for shard in shards)
         self._open(len(shards), "shards")
 
     def annotating(self, progress: AnnotateProgress) -> None:

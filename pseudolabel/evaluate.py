@@ -4,9 +4,9 @@ a store.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -39,10 +39,10 @@ class Evaluation:
 
 
 def evaluate(
-    model: str | Path,
+    model: str | os.PathLike[str],
     shards: ShardsLike,
     *,
-    store: Store | str | Path | None = None,
+    store: Store | str | os.PathLike[str] | None = None,
     device: str = "cpu",
     batch_size: int = 256,
     trust_code: bool = False,
@@ -58,8 +58,8 @@ def evaluate(
     from torchmetrics.classification import MulticlassCalibrationError, MulticlassConfusionMatrix
 
     shards = as_shards(shards)
-    store = open_store(store) if isinstance(store, (str, Path)) else store
-    classifier = load_model(Path(model), torch.device(device), trust_code=trust_code)
+    store = open_store(store) if isinstance(store, (str, os.PathLike)) else store
+    classifier = load_model(model, torch.device(device), trust_code=trust_code)
     num_classes = len(classifier.classes)
     if store is not None and store.identity.num_classes != num_classes:
         raise StoreMismatch(

@@ -6,18 +6,18 @@ and labels, store and class names must speak of the same classes.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pyarrow as pa
 
+from pseudolabel import storage
 from pseudolabel.class_numbers import MAX_CLASSES, read_class
 from pseudolabel.errors import LabelError, StoreMismatch
 from pseudolabel.labels.schema import PartInfo
 from pseudolabel.labels.store import Store
-from pseudolabel.shard_lists import Shard
+from pseudolabel.shard_lists import Shard, real_place
 from pseudolabel.shards import ShardFile
 
 
@@ -35,7 +35,7 @@ class TrainingShard:
         """Raise `StoreMismatch` if the file that is opened now isn't the one that was checked."""
         if opened.version != self.version and opened.sha256() != self.sha256:
             raise StoreMismatch(
-                f"{self.shard.path}: was replaced since this training began\nput the old shard back and run it again: "
+                f"{self.shard.where}: was replaced since this training began\nput the old shard back and run it again: "
                 "it goes on from its last checkpoint"
             )
 
@@ -73,10 +73,10 @@ def gather(
         raise LabelError("unlabeled shards need soft labels: annotate them and pass the store as --labels")
     if store is not None and not unlabeled:
         raise LabelError("a store of soft labels needs the shards it was made from: pass them as --unlabeled")
-    places = {os.path.realpath(shard.path) for shard in unlabeled}
+    places = {real_place(shard.path) for shard in unlabeled}
     for shard in labeled:
-        if os.path.realpath(shard.path) in places:
-            raise LabelError(f"{shard.path}: given both as --labeled and as --unlabeled; give it once")
+        if real_place(shard.path) in places:
+            raise LabelError(f"{shard.where}: given both as --labeled and as --unlabeled; give it once")
     classes = classes if classes is not None else named_beside(labeled)
     if store is not None:
         classes = _label_space(store, classes, num_classes)
@@ -106,7 +106,7 @@ def check_names(shards: Sequence[Shard], classes: Sequence[str]) -> None:
         f"{differing[1]!r} where the model has {differing[0]!r}" if differing else f"{len(beside)}, not {len(classes)}"
     )
     raise LabelError(
-        f"{shards[0].path}: the classes.txt beside it names other classes ({what}); their numbers would not mean the "
+        f"{shards[0].where}: the classes.txt beside it names other classes ({what}); their numbers would not mean the "
         "same\npack these images with the model's classes, or evaluate another model"
     )
 
@@ -134,19 +134,24 @@ def _label_space(store: Store, classes: Sequence[str] | None, num_classes: int |
 def named_beside(labeled: Sequence[Shard]) -> Sequence[str] | None:
     """The class names in `pack`'s classes.txt beside labeled shards, if any. Raises `LabelError` if two differ."""
     found: dict[tuple[str, ...], str] = {}
-    for directory in {os.path.dirname(os.path.abspath(shard.path)) for shard in labeled}:
-        path = os.path.join(os.path.dirname(directory), "classes.txt")
-        if os.path.isfile(path):
+    for path in sorted({_beside(shard) for shard in labeled}):
+        if path.is_file():
             try:
-                with open(path, encoding="utf-8-sig") as file:
-                    names = tuple(line.rstrip("\n") for line in file if line.strip())
+                names = tuple(line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip())
             except (OSError, UnicodeDecodeError) as error:
                 raise LabelError(f"{path}: can't be read as class names, one a line in UTF-8 ({error})") from error
             if names:
-                found[names] = path
+                found[names] = str(path)
     if len(found) > 1:
         raise LabelError(f"labeled shards of different classes: {' and '.join(sorted(found.values())[:2])} differ")
     return next(iter(found), None)
+
+
+def _beside(shard: Shard) -> storage.Location:
+    """Where `pack` puts the class names: above the directory of the shards."""
+    place = storage.location(shard.path)
+    place = place if isinstance(place, storage.RemotePath) else place.absolute()
+    return place.parent.parent / "classes.txt"
 
 
 def _positions(names: Sequence[str]) -> bool:
@@ -161,7 +166,7 @@ def _is_annotated(shard: TrainingShard, store: Store) -> bool:
 
 def read_label(opened: ShardFile, index: int, num_classes: int | None = None) -> int:
     """A labeled sample's class. Raises `LabelError` if it has none, or one that is no class number or out of range."""
-    where = f"{opened.shard.path}: sample {opened.keys[index]!r}"
+    where = f"{opened.shard.where}: sample {opened.keys[index]!r}"
     label = read_class(opened, index)
     if label is None:
         raise LabelError(
@@ -202,7 +207,7 @@ def check_annotated(shards: Sequence[Shard], store: Store) -> list[TrainingShard
     def check(shard: Shard) -> TrainingShard:
         if not store.part_path(shard.name).exists():
             raise StoreMismatch(
-                f"{shard.path}: not annotated in {store.root}; run `pseudolabel annotate` on these "
+                f"{shard.where}: not annotated in {store.root}; run `pseudolabel annotate` on these "
                 "shards into this store first"
             )
         info = store.info(shard.name)
@@ -210,7 +215,7 @@ def check_annotated(shards: Sequence[Shard], store: Store) -> list[TrainingShard
             sha256 = opened.sha256()
             if sha256 != info.sha256 or len(opened) != info.samples:
                 raise StoreMismatch(
-                    f"{shard.path}: its content is not what was annotated (sha256 {sha256[:12]}, "
+                    f"{shard.where}: its content is not what was annotated (sha256 {sha256[:12]}, "
                     f"{len(opened)} samples; "
                     f"annotated {info.sha256[:12]}, {info.samples})\nput the old shard back, or "
                     f"delete {store.part_path(shard.name)} and annotate again"
@@ -233,13 +238,13 @@ def join(opened: ShardFile, part: pa.Table, rejects: pa.Table) -> list[int]:
     pairs = list(zip(positions + rejected, part["key"].to_pylist() + rejects["key"].to_pylist(), strict=True))
     if sorted(index for index, _ in pairs) != list(range(len(opened))):
         raise StoreMismatch(
-            f"{opened.shard.path}: the store has {len(pairs)} rows and rejects for {len(opened)} "
+            f"{opened.shard.where}: the store has {len(pairs)} rows and rejects for {len(opened)} "
             "samples; annotate this shard again"
         )
     for index, key in pairs:
         if opened.keys[index] != key:
             raise StoreMismatch(
-                f"{opened.shard.path}: sample {index} is {opened.keys[index]!r}, the store's label is of {key!r}\n"
+                f"{opened.shard.where}: sample {index} is {opened.keys[index]!r}, the store's label is of {key!r}\n"
                 "these labels are of another shard: use the store that was made from these shards"
             )
     return positions

@@ -36,6 +36,7 @@ from pseudolabel.labels.store import Store, StoreIdentity
 from pseudolabel.precision import resolve_precision
 from pseudolabel.settings import AnnotateSettings
 from pseudolabel.shard_lists import Shard
+from pseudolabel.shards import fetched_ahead
 from pseudolabel.stages import Stages
 from pseudolabel.views.augment import ViewPlan, preprocessings
 from pseudolabel.views.image import PrepareFor
@@ -132,7 +133,7 @@ class AnnotateWork:
             store.open_store(self.root),
             device,
         )
-        with closing(_entries(shards, teacher, self.settings, device, self.devices)) as entries:
+        with closing(_entries(fetched_ahead(shards), teacher, self.settings, device, self.devices)) as entries:
             yield from line.run(entries)
 
 

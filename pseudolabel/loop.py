@@ -107,7 +107,8 @@ class TrainingLoop:
                 value = float(loss)
                 if value != value or value in (float("inf"), float("-inf")):
                     raise Diverged(
-                        f"{self._run.path}: the loss is {value} at step {done}; use a smaller --lr, or --precision fp32"
+                        f"{self._run.place}: the loss is {value} at step {done}; "
+                        "use a smaller --lr, or --precision fp32"
                     )
                 speed = (done - marked_step) * self._settings.batch_size / max(time.monotonic() - mark, 1e-9)
                 mark, marked_step = time.monotonic(), done
@@ -134,7 +135,7 @@ class TrainingLoop:
             body.load_state_dict(self._best)
         if not all(bool(torch.isfinite(one).all()) for one in body.state_dict().values() if one.is_floating_point()):
             raise Diverged(
-                f"{self._run.path}: the weights are no longer finite; use a smaller --lr, or --precision fp32"
+                f"{self._run.place}: the weights are no longer finite; use a smaller --lr, or --precision fp32"
             )
         return body
 

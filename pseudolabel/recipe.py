@@ -76,7 +76,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def read_tables(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """A TOML file with overrides applied, not validated. Raises `RecipeError`."""
-    file = storage.local_path(path)
+    file = storage.location(path)
     try:
         tables = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:

@@ -17,9 +17,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import tomli_w
@@ -29,7 +29,7 @@ from pseudolabel.annotate import Progress, annotate
 from pseudolabel.checkpoint import read_card
 from pseudolabel.class_names import read_classes
 from pseudolabel.engines import default_engine
-from pseudolabel.errors import OutputExists
+from pseudolabel.errors import OutputExists, StorageError
 from pseudolabel.evaluate import evaluate
 from pseudolabel.interfaces import Engine, Teacher
 from pseudolabel.labels.store import open_store
@@ -39,6 +39,7 @@ from pseudolabel.run_result import Round, RunResult, table
 from pseudolabel.settings import TrainSettings
 from pseudolabel.shard_lists import Shard, list_shards
 from pseudolabel.shards import shard_sha256
+from pseudolabel.storage import Location
 from pseudolabel.teachers import parse_teachers
 from pseudolabel.train import TrainResult, train
 
@@ -74,7 +75,9 @@ class Place:
     threads: int | None = None
 
 
-def run(recipe: Recipe, out: str | Path, place: Place | None = None, watcher: Watcher | None = None) -> RunResult:
+def run(
+    recipe: Recipe, out: str | os.PathLike[str], place: Place | None = None, watcher: Watcher | None = None
+) -> RunResult:
     """Run all stages of `recipe` in the directory `out`; finished stages are skipped.
 
     Raises:
@@ -82,7 +85,7 @@ def run(recipe: Recipe, out: str | Path, place: Place | None = None, watcher: Wa
         RecipeError: the recipe contradicts its data.
     """
     started = time.monotonic()
-    pipeline = _Pipeline(recipe, storage.local_path(out), place or Place(), watcher or Quiet())
+    pipeline = _Pipeline(recipe, storage.location(out), place or Place(), watcher or Quiet())
     with storage.held(pipeline.out):
         return _run(pipeline, started)
 
@@ -99,7 +102,7 @@ def _run(pipeline: _Pipeline, started: float) -> RunResult:
         steps = trained.steps
         teacher_uris = [_as_teacher(pipeline.out / f"round-{number}" / "student", recipe.train.student)]
     control = pipeline.control(steps) if recipe.rounds.control else None
-    result = RunResult(str(out), tuple(rounds), control, teacher_row, round(time.monotonic() - started, 3))
+    result = RunResult(os.fspath(out), tuple(rounds), control, teacher_row, round(time.monotonic() - started, 3))
     content = {
         "format_version": 1,
         "kind": "run",
@@ -115,7 +118,7 @@ def _run(pipeline: _Pipeline, started: float) -> RunResult:
 class _Pipeline:
     """A recipe with its data listed and its directory."""
 
-    def __init__(self, recipe: Recipe, out: Path, place: Place, watcher: Watcher) -> None:
+    def __init__(self, recipe: Recipe, out: Location, place: Place, watcher: Watcher) -> None:
         self.recipe, self.out, self.place, self.watcher = recipe, out, place, watcher
         data = recipe.data
         self.labeled, self.unlabeled, self.val = (
@@ -171,7 +174,7 @@ class _Pipeline:
         spec = specs.parse(uris[0])
         if len(uris) != 1 or spec.scheme != "checkpoint" or "@" in spec.name:
             return None
-        directory = storage.local_path(spec.name)
+        directory = storage.location(spec.name)
         self.watcher.stage("teacher: evaluating")
         trusted = dict(spec.args).get("trust_code") is True
         val, test = (
@@ -213,7 +216,7 @@ class _Pipeline:
         result = self._train(settings, self.out / "control", control=True)
         return self._row(0, "none", settings.student, self.out / "control", result)
 
-    def _train(self, settings: TrainSettings, directory: Path, *, control: bool = False) -> TrainResult:
+    def _train(self, settings: TrainSettings, directory: Location, *, control: bool = False) -> TrainResult:
         store = None if control else open_store(directory.parent / "store")
         return train(
             settings,
@@ -229,7 +232,7 @@ class _Pipeline:
             on_progress=self.watcher.training,
         )
 
-    def _row(self, number: int, teacher: str, student: str, directory: Path, result: TrainResult) -> Round:
+    def _row(self, number: int, teacher: str, student: str, directory: Location, result: TrainResult) -> Round:
         return Round(
             number,
             teacher,
@@ -237,7 +240,7 @@ class _Pipeline:
             result.parameters,
             result.val_accuracy,
             self._accuracy(
-                "-".join(directory.relative_to(self.out).parts),
+                os.fspath(directory).removeprefix(os.fspath(self.out)).strip("/").replace("/", "-"),
                 directory,
                 self.test,
                 trust_code=read_card(directory)[0].student == student,  # the recipe's code, not model.json's
@@ -246,7 +249,7 @@ class _Pipeline:
         )
 
     def _accuracy(
-        self, name: str, directory: Path, shards: list[Shard] | None, *, trust_code: bool = False
+        self, name: str, directory: Location, shards: list[Shard] | None, *, trust_code: bool = False
     ) -> float | None:
         """Of a model on `shards`; found in evaluations/ if it was measured there before, on the same content."""
         if shards is None:
@@ -260,20 +263,20 @@ class _Pipeline:
         return found.accuracy
 
 
-def _done(run: Path) -> str:
+def _done(run: Location) -> str:
     return ": done already" if (run / "run.json").exists() else ""
 
 
-def _as_teacher(run: Path, student: str) -> str:
+def _as_teacher(run: Location, student: str) -> str:
     """The spec of a run's student as the next teacher. The recipe named its code, so it may run."""
     trust = (("trust_code", True),) if student.startswith("python:") else ()
-    return str(specs.Spec("checkpoint", str(run), trust))
+    return str(specs.Spec("checkpoint", os.fspath(run), trust))
 
 
-def _read_evaluation(path: Path, inputs: dict[str, Any]) -> float | None:
+def _read_evaluation(path: Location, inputs: dict[str, Any]) -> float | None:
     """The accuracy in an evaluation of just these inputs."""
     try:
         known = json.loads(path.read_text(encoding="utf-8"))
         return float(known["accuracy"]) if {name: known[name] for name in inputs} == inputs else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, StorageError, ValueError, KeyError, TypeError):
         return None  # none there, or not ours: it is measured anew

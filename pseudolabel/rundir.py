@@ -21,18 +21,33 @@ import tomli_w
 
 from pseudolabel import storage
 from pseudolabel.errors import OutputExists
+from pseudolabel.storage import Location, Mirror
 
 FORMAT_VERSION = 1
+_STATE = "checkpoint/state.safetensors"
+_BEGUN = "checkpoint/begun"  # at a URL, where an empty directory is none
 _TORN = 1 << 62  # the step of a line that a kill cut short: after all others
 
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """The directory at `path` for a run that is what `identity` says (settings and hashes of all inputs)."""
+    """The directory of a run that is what `identity` says (settings and hashes of all inputs). At a URL it is worked on
+    in a copy, and what a resumed run needs is put there with each checkpoint, run.json last.
+    """
 
-    path: Path
+    mirror: Mirror
     kind: str
     identity: Mapping[str, Any]
+
+    @property
+    def path(self) -> Path:
+        """On this machine."""
+        return self.mirror.path
+
+    @property
+    def place(self) -> Location:
+        """What the user called it."""
+        return self.mirror.place
 
     @property
     def fingerprint(self) -> str:
@@ -40,13 +55,13 @@ class RunDirectory:
 
     @property
     def state_path(self) -> Path:
-        return self.path / "checkpoint" / "state.safetensors"
+        return self.path / _STATE
 
     def check_place(self) -> None:
         """Raises `OutputExists` if the path is a file's."""
         with storage.explain_os_errors(self.path, "making"):
             if self.path.exists() and not self.path.is_dir():
-                raise OutputExists(f"{self.path}: is a file; choose another --out")
+                raise OutputExists(f"{self.place}: is a file; choose another --out")
 
     def start(self, *, overwrite: bool = False) -> dict[str, Any] | None:
         """Make the directory, or find the run in it. Returns run.json's content if this very run is complete.
@@ -54,6 +69,7 @@ class RunDirectory:
         Raises:
             OutputExists: something else is there.
         """
+        self.mirror.pull("run.json")
         marker = self.path / "run.json"
         if marker.exists() and not overwrite:
             try:
@@ -61,17 +77,19 @@ class RunDirectory:
                 fingerprint = found["fingerprint"]
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise OutputExists(
-                    f"{marker}: can't be read ({error}); choose another --out, or replace it with --overwrite"
+                    f"{self.place / marker.name}: can't be read ({error}); choose another --out, or replace it with "
+                    "--overwrite"
                 ) from error
             if fingerprint != self.fingerprint:
                 raise OutputExists(self._other_run(found.get("identity", {})))
             return dict(found)
-        begun = overwrite or (self.path / "checkpoint").is_dir()  # or else its files are somebody's own
+        names = self.mirror.names()
+        begun = overwrite or "checkpoint" in names  # or else its files are somebody's own
         own = self._own_names() if begun else set()
-        strangers = [path.name for path in self.path.iterdir() if path.name not in own] if self.path.is_dir() else []
+        strangers = [name for name in names if name not in own]
         if strangers:
             raise OutputExists(
-                f"{self.path}: holds {sorted(strangers)[0]!r}, which is not of a training run; choose "
+                f"{self.place}: holds {sorted(strangers)[0]!r}, which is not of a training run; choose "
                 "an empty or new --out"
             )
         if overwrite:
@@ -79,6 +97,8 @@ class RunDirectory:
                 self._clear()
         with storage.explain_os_errors(self.path, "making"):
             (self.path / "checkpoint").mkdir(parents=True, exist_ok=True)
+        self.mirror.claim(_BEGUN)
+        self.mirror.pull("recipe.toml", "metrics.jsonl", _STATE)
         for directory in (self.path, self.path / "checkpoint"):
             storage.remove_stale(directory)
         if not self.state_path.exists():
@@ -90,6 +110,7 @@ class RunDirectory:
         if self.state_path.exists() and path.exists():
             return  # of the run that is resumed, or of another one, which `check` will refuse
         storage.write_atomic(path, tomli_w.dumps({"train": settings}))
+        self.mirror.push(path.name)
 
     def log(self, record: Mapping[str, Any]) -> None:
         path = self.path / "metrics.jsonl"
@@ -106,6 +127,7 @@ class RunDirectory:
     def save(self, write: Callable[[Path, dict[str, Any]], None]) -> None:
         """Replace the checkpoint; `write` gets the path and the facts that `check` wants to find in it."""
         write(self.state_path, {"fingerprint": self.fingerprint, "identity": dict(self.identity)})
+        self.mirror.push("metrics.jsonl", _STATE)
 
     def check(self, facts: Mapping[str, Any]) -> None:
         """Raises `OutputExists` if a checkpoint is of another run."""
@@ -122,6 +144,8 @@ class RunDirectory:
             "identity": dict(self.identity),
         }
         storage.write_atomic(self.path / "run.json", json.dumps(marker, indent=1) + "\n")
+        self.mirror.push("metrics.jsonl", "model.safetensors", "model.json", "run.json")
+        self.mirror.remove(_STATE, _BEGUN)
         shutil.rmtree(self.path / "checkpoint", ignore_errors=True)
 
     def _own_names(self) -> set[str]:
@@ -138,7 +162,9 @@ class RunDirectory:
 
     def _clear(self) -> None:
         """Remove a run's own files, and nothing else."""
-        for name in ("run.json", "recipe.toml", "metrics.jsonl", "model.safetensors", "model.json", "report.html"):
+        names = ("run.json", "recipe.toml", "metrics.jsonl", "model.safetensors", "model.json", "report.html")
+        self.mirror.remove(*names, _STATE, _BEGUN)
+        for name in names:
             (self.path / name).unlink(missing_ok=True)
         shutil.rmtree(self.path / "checkpoint", ignore_errors=True)
 
@@ -151,10 +177,10 @@ class RunDirectory:
             different.remove("settings")
         what = "; ".join(different)
         remedy = "choose another --out, or replace it with --overwrite"
-        return f"{self.path}: holds a run that differs from this one ({what})\n{remedy}"
+        return f"{self.place}: holds a run that differs from this one ({what})\n{remedy}"
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Location) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl that are whole, in order."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     return [json.loads(line) for line in lines if _step_of(line) != _TORN]

@@ -14,14 +14,18 @@ import hashlib
 import os
 import stat
 import weakref
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 from pseudolabel import storage
-from pseudolabel.errors import StorageError
+from pseudolabel.errors import PseudolabelError, StorageError
 from pseudolabel.shard_lists import Shard, ShardsLike, as_shards, list_shards, slice_shards
+from pseudolabel.storage import spool
 from pseudolabel.tar import BLOCK, Window, damaged_shard, index_samples, split_name
 
 __all__ = [  # what is listed and how tars are blocked lives elsewhere, and is wanted with a shard
@@ -32,6 +36,7 @@ __all__ = [  # what is listed and how tars are blocked lives elsewhere, and is w
     "ShardFile",
     "ShardsLike",
     "as_shards",
+    "fetched_ahead",
     "list_shards",
     "read_samples",
     "shard_sha256",
@@ -40,6 +45,7 @@ __all__ = [  # what is listed and how tars are blocked lives elsewhere, and is w
 ]
 
 _CHUNK = 1 << 20
+_SHARDS_AHEAD = 1  # more would only take work from other workers
 IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm")
 
 
@@ -63,18 +69,19 @@ class ShardFile:
 
     def __init__(self, shard: Shard) -> None:
         self.shard = shard
-        path = self._path = storage.local_path(shard.path)
-        with storage.explain_os_errors(path, "reading"):
-            if not stat.S_ISREG(path.stat().st_mode):
-                raise StorageError(f"reading {path} failed: it is no regular file\nremove it, or name other shards")
-            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        path = self._path = storage.location(shard.path)
+        self._spooled = spool.fetch(path) if isinstance(path, storage.RemotePath) else None
+        self._descriptor = self._spooled.descriptor if self._spooled is not None else _opened(path)
         self._close = weakref.finalize(self, os.close, self._descriptor)
         try:
-            self.version = _version(os.fstat(self._descriptor))
+            if self._spooled is not None:
+                self.version: tuple[int, ...] = (self._spooled.size, self._spooled.version)
+            else:
+                self.version = _version(os.fstat(self._descriptor))
             self.size = self.version[0]
             if self.size == 0:
-                raise damaged_shard(shard.path, "is empty (0 bytes)", 0, 0)
-            self.keys, self._fields = index_samples(shard.path, Window(self.size, self.bytes_at))
+                raise damaged_shard(shard.where, "is empty (0 bytes)", 0, 0)
+            self.keys, self._fields = index_samples(shard.where, Window(self.size, self.bytes_at))
         except BaseException:
             self._close()
             raise
@@ -116,7 +123,7 @@ class ShardFile:
             while len(data) < size:
                 more = os.pread(self._descriptor, size - len(data), start + len(data))
                 if not more:
-                    raise damaged_shard(self.shard.path, "was cut short while it was read", start + len(data), 0)
+                    raise damaged_shard(self.shard.where, "was cut short while it was read", start + len(data), 0)
                 data += more
         except OSError as error:
             raise storage.explained(error, self._path, "reading") from error
@@ -127,14 +134,28 @@ class ShardFile:
         digest = hashlib.sha256()
         for start in range(0, self.size, _CHUNK):
             digest.update(self.bytes_at(start, min(_CHUNK, self.size - start)))
-        return digest.hexdigest()
+        found = digest.hexdigest()
+        if self._spooled is not None and found != self._spooled.sha256:
+            self._spooled.forget()
+            raise damaged_shard(self.shard.where, f"was changed in the spool ({self._spooled.path})", 0, 0)
+        return found
 
     def check_unchanged(self) -> None:
         """Raise `DamagedShard` if the file is no longer the one that was opened: samples read may be of both."""
+        if not isinstance(self._path, Path):
+            return  # what is read is a copy, made of one version
         with storage.explain_os_errors(self._path, "reading"):
             now = _version(self._path.stat())
         if now != self.version:
-            raise damaged_shard(self.shard.path, "was changed or replaced while it was read", 0, len(self))
+            raise damaged_shard(self.shard.where, "was changed or replaced while it was read", 0, len(self))
+
+
+def _opened(path: os.PathLike[str]) -> int:
+    """A descriptor of a file on a disk. Raises `StorageError`."""
+    with storage.explain_os_errors(path, "reading"):
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise StorageError(f"reading {path} failed: it is no regular file\nremove it, or name other shards")
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
 
 def _version(status: os.stat_result) -> tuple[int, int, int, int]:
@@ -144,9 +165,40 @@ def _version(status: os.stat_result) -> tuple[int, int, int, int]:
 
 def shard_sha256(shard: Shard) -> str:
     """The hash of a shard's file, whatever is in it. Raises `StorageError`."""
-    path = storage.local_path(shard.path)
+    path = storage.location(shard.path)
+    if isinstance(path, storage.RemotePath):
+        spooled = spool.fetch(path)
+        os.close(spooled.descriptor)
+        return spooled.sha256
     with storage.explain_os_errors(path, "reading"), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fetched_ahead(shards: Iterator[Shard]) -> Iterator[Shard]:
+    """The same shards, while the next ones of an object storage are being fetched. What goes wrong with one is left to
+    whoever opens it.
+    """
+    with ThreadPoolExecutor(_SHARDS_AHEAD, "fetch") as pool:
+        waiting: deque[tuple[Shard, Future[None]]] = deque()
+        for shard in shards:
+            if not storage.is_remote(shard.path):
+                yield shard
+                continue
+            waiting.append((shard, pool.submit(_try_to_fetch, shard)))
+            if len(waiting) > _SHARDS_AHEAD:
+                yield _when_fetched(*waiting.popleft())
+        while waiting:
+            yield _when_fetched(*waiting.popleft())
+
+
+def _when_fetched(shard: Shard, fetching: Future[None]) -> Shard:
+    fetching.result()
+    return shard
+
+
+def _try_to_fetch(shard: Shard) -> None:
+    with suppress(PseudolabelError):
+        shard_sha256(shard)
 
 
 def read_samples(shard: Shard) -> Iterator[Sample]:
@@ -155,7 +207,7 @@ def read_samples(shard: Shard) -> Iterator[Sample]:
         yield from opened
 
 
-def write_shard(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> None:
+def write_shard(path: storage.Location, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> None:
     """Write (key, fields) pairs as one tar through webdataset: fixed time, owner and mode, so equal samples give
     equal bytes.
 

@@ -11,10 +11,10 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,11 +47,11 @@ class TrainResult:
 
 def train(
     settings: TrainSettings,
-    out: str | Path,
+    out: str | os.PathLike[str],
     *,
     labeled: ShardsLike = (),
     unlabeled: ShardsLike = (),
-    store: Store | str | Path | None = None,
+    store: Store | str | os.PathLike[str] | None = None,
     val: ShardsLike = (),
     classes: Sequence[str] | None = None,
     num_classes: int | None = None,
@@ -76,7 +76,7 @@ def train(
         Diverged: the loss is no longer finite.
     """
     started = time.monotonic()
-    store = open_store(store) if isinstance(store, (str, Path)) else store
+    store = open_store(store) if isinstance(store, (str, os.PathLike)) else store
     val = as_shards(val)
     data, names = gather(as_shards(labeled), as_shards(unlabeled), store, classes, num_classes)
     card = ModelCard(settings.student, names, preprocessing_of(settings))
@@ -86,20 +86,21 @@ def train(
         raise LabelError("alpha 0 leaves out the soft labels and labeled fraction 0 the labels: nothing to learn from")
     steps = _number_of_steps(settings, data)
     identity = _identity(settings, data, validation, names)
-    run = RunDirectory(storage.local_path(out), "train", identity)
-    run.check_place()
-    with _threads(threads, device), storage.held(run.path):
-        loop = TrainingLoop(settings, card, data, validation, run, steps, torch.device(device), workers)
-        if (finished := run.start(overwrite=overwrite)) is not None:
-            return TrainResult(**{**finished["result"], "run": str(out)})
-        run.write_settings(settings.model_dump(mode="json", exclude_none=True))
-        best_step, accuracy, earlier = loop.run_to_the_end(on_progress)
-        save_model(run.path, card, loop.best_body())
-    parameters = sum(parameter.numel() for parameter in loop.body.parameters())
-    seconds = round(earlier + time.monotonic() - started, 3)
-    result = TrainResult(str(out), steps, seconds, accuracy, best_step, parameters)
-    run.finish({"result": dataclasses.asdict(result), "metrics": {"val_accuracy": accuracy}})
-    return result
+    with storage.mirrored(storage.location(out)) as mirror:
+        run = RunDirectory(mirror, "train", identity)
+        run.check_place()
+        with _threads(threads, device), storage.held(run.path):
+            loop = TrainingLoop(settings, card, data, validation, run, steps, torch.device(device), workers)
+            if (finished := run.start(overwrite=overwrite)) is not None:
+                return TrainResult(**{**finished["result"], "run": storage.shown(os.fspath(out))})
+            run.write_settings(settings.model_dump(mode="json", exclude_none=True))
+            best_step, accuracy, earlier = loop.run_to_the_end(on_progress)
+            save_model(run.path, card, loop.best_body())
+        parameters = sum(parameter.numel() for parameter in loop.body.parameters())
+        seconds = round(earlier + time.monotonic() - started, 3)
+        result = TrainResult(storage.shown(os.fspath(out)), steps, seconds, accuracy, best_step, parameters)
+        run.finish({"result": dataclasses.asdict(result), "metrics": {"val_accuracy": accuracy}})
+        return result
 
 
 def preprocessing_of(settings: TrainSettings) -> Preprocessing:

@@ -65,5 +65,5 @@ def labeled_batches(
             continue
         if batch.rejects:
             first = batch.rejects[0]
-            raise LabelError(f"{shard.path}: sample {first.key!r} can't be used: {first.detail}; remove or replace it")
+            raise LabelError(f"{shard.where}: sample {first.key!r} can't be used: {first.detail}; remove or replace it")
         yield batch.inputs[0], torch.tensor(batch.labels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -9,7 +10,8 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,14 @@ import pytest
 import torch
 from commands import Invoke, Refuse, annotated
 from hypothesis import settings
+from object_stores import ENVIRONMENT, Proxy, moto, rclone
 from PIL import Image
+from remote_places import Bucket
 
 from pseudolabel.checkpoint import ModelCard, save_model
 from pseudolabel.cli import main
 from pseudolabel.shards import write_shard
+from pseudolabel.storage import remote
 from pseudolabel.views.image import square
 
 # The same examples every time, and no time limit on a loaded machine.
@@ -198,3 +203,51 @@ def whole(tmp_path: Path) -> Path:
     samples = [(f"key-{index}", {"png": bytes([index]) * (300 * index), "cls": b"%d" % index}) for index in range(4)]
     write_shard(tmp_path / "whole.tar", [*samples, ("long/" * 40 + "k", {"png": b"x" * 600})])
     return tmp_path / "whole.tar"
+
+
+@pytest.fixture(scope="session")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], str]]:
+    """The address of the server of a kind, started when it is first wanted."""
+    with contextlib.ExitStack() as stack:
+        start = {"moto": moto, "rclone": lambda: rclone(tmp_path_factory.mktemp("rclone"))}
+        known: dict[str, str] = {}
+
+        def address(kind: str) -> str:
+            if kind not in known:
+                known[kind] = stack.enter_context(start[kind]())
+            return known[kind]
+
+        yield address
+
+
+@pytest.fixture(params=["moto", "rclone"])
+def bucket(
+    request: pytest.FixtureRequest,
+    servers: Callable[[str], str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[Bucket]:
+    """An empty bucket on each kind of server, and this process's environment set so that it is found."""
+    environment = {
+        **ENVIRONMENT,
+        "AWS_ENDPOINT_URL": servers(request.param),
+        "PSEUDOLABEL_SPOOL": str(tmp_path / "spool"),
+    }
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    remote._file_system.cache_clear()
+    name = f"bucket-{uuid.uuid4().hex[:12]}"
+    remote._call(remote._file_system("s3", os.getpid()), "mkdir", 30.0, (name,), {})
+    yield Bucket(f"s3://{name}", request.param, environment["AWS_ENDPOINT_URL"], environment)
+    remote._file_system.cache_clear()
+
+
+@pytest.fixture
+def proxied(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Bucket, Proxy]]:
+    """The bucket behind a proxy that fails when told to."""
+    proxy = Proxy(bucket.endpoint)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+    remote._file_system.cache_clear()
+    yield Bucket(bucket.url, bucket.kind, proxy.url, {**bucket.environment, "AWS_ENDPOINT_URL": proxy.url}), proxy
+    remote._file_system.cache_clear()
+    proxy.close()

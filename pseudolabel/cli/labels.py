@@ -6,7 +6,6 @@ import dataclasses
 import json
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -44,7 +43,7 @@ if TYPE_CHECKING:
 def plan(
     shards: Shards,
     teacher: Teachers,
-    out: Annotated[Path | None, typer.Option(help="a store to go on with: its shards are done")] = None,
+    out: Annotated[str | None, typer.Option(metavar="PATH", help="a store to go on with: its shards are done")] = None,
     class_map: ClassMap = None,
     encoding: Encoding = None,
     views: Views = None,
@@ -103,7 +102,7 @@ def plan(
 def annotate(
     shards: Shards,
     teacher: Teachers,
-    out: Annotated[Path, typer.Option(help="the store: made, or gone on with")],
+    out: Annotated[str, typer.Option(metavar="PATH", help="the store: made, or gone on with")],
     class_map: ClassMap = None,
     encoding: Encoding = None,
     views: Views = None,
@@ -155,7 +154,7 @@ def annotate(
 
 
 def _work(
-    shards: list[str], part_of: str | None, teacher: list[str], class_map: Path | None
+    shards: list[str], part_of: str | None, teacher: list[str], class_map: str | None
 ) -> tuple[list[Shard], Teacher]:
     """What is to be labeled and by whom: said to plan as to annotate."""
     from pseudolabel.shard_lists import list_shards, slice_shards
@@ -166,7 +165,7 @@ def _work(
 
 @command
 def inspect(
-    store: Annotated[Path, typer.Argument(help="a store")],
+    store: Annotated[str, typer.Argument(help="a store")],
     rejects: Annotated[bool, typer.Option("--rejects", help="list every rejected sample with its reason")] = False,
     as_json: Json = False,
 ) -> Mapping[str, Any]:
@@ -191,7 +190,7 @@ def inspect(
 
 @command
 def verify(
-    store: Annotated[Path, typer.Argument(help="a store")],
+    store: Annotated[str, typer.Argument(help="a store")],
     shards: Annotated[list[str] | None, typer.Option(help="also compare with these shards: content and keys")] = None,
     as_json: Json = False,
 ) -> Mapping[str, Any]:

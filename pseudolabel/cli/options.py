@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -53,7 +52,9 @@ Teachers = Annotated[
         "python:MODULE:FUNCTION; several make an ensemble, weighted as in SPEC@0.7",
     ),
 ]
-ClassMap = Annotated[Path | None, typer.Option(help="TOML file of target classes, each made of some of the teacher's")]
+ClassMap = Annotated[
+    str | None, typer.Option(metavar="PATH", help="TOML file of target classes, each made of some of the teacher's")
+]
 Encoding = Annotated[str | None, _annotate_option("encoding")]
 Views = Annotated[
     int | None, typer.Option(min=1, max=1024, help=_settings_help(AnnotateSettings, "views"), show_default=False)
@@ -88,7 +89,7 @@ def annotate_settings(flags: Mapping[str, Any]) -> AnnotateSettings:
     return validate(AnnotateSettings, given, "annotate")
 
 
-def train_settings(recipe: Path | None, given: Mapping[str, Any]) -> TrainSettings:
+def train_settings(recipe: str | None, given: Mapping[str, Any]) -> TrainSettings:
     """A recipe's [train] table, then flags on top. Raises `RecipeError`."""
     from pseudolabel.recipe import read_tables, validate
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -29,19 +28,20 @@ from pseudolabel.settings import AugmentSettings
 
 @command
 def train(
-    out: Annotated[Path, typer.Option(help="run directory: made, or gone on with")],
+    out: Annotated[str, typer.Option(metavar="PATH", help="run directory: made, or gone on with")],
     labeled: Annotated[list[str] | None, typer.Option(help="labeled shards; may be repeated")] = None,
     unlabeled: Annotated[
         list[str] | None, typer.Option(help="unlabeled shards, annotated in --labels; may be repeated")
     ] = None,
     labels: Annotated[
-        Path | None, typer.Option(help="store of soft labels; without it, plain supervised training")
+        str | None, typer.Option(metavar="PATH", help="store of soft labels; without it, plain supervised training")
     ] = None,
     val: Annotated[
         list[str] | None, typer.Option(help="labeled shards that choose the best checkpoint; may be repeated")
     ] = None,
     recipe: Annotated[
-        Path | None, typer.Option(help="TOML file whose train table gives the settings; flags override it")
+        str | None,
+        typer.Option(metavar="PATH", help="TOML file whose train table gives the settings; flags override it"),
     ] = None,
     student: Annotated[str | None, train_option("student")] = None,
     image_size: Annotated[int | None, train_option("image_size")] = None,
@@ -69,7 +69,7 @@ def train(
     erasing: Annotated[float | None, train_option("erasing", AugmentSettings)] = None,
     eval_every: Annotated[int | None, train_option("eval_every")] = None,
     seed: Annotated[int | None, train_option("seed")] = None,
-    classes: Annotated[Path | None, typer.Option(help="file of class names, one a line")] = None,
+    classes: Annotated[str | None, typer.Option(metavar="PATH", help="file of class names, one a line")] = None,
     num_classes: Annotated[
         int | None, typer.Option(min=1, help="number of classes, where neither a store nor --classes says it")
     ] = None,
@@ -115,10 +115,10 @@ def train(
 
 @command
 def evaluate(
-    model: Annotated[Path, typer.Argument(help="run directory")],
+    model: Annotated[str, typer.Argument(help="run directory")],
     shards: Shards,
     store: Annotated[
-        Path | None,
+        str | None,
         typer.Option("--labels", help="store of soft labels of these shards: how often the model agrees with it"),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="samples per forward pass")] = 256,

@@ -17,8 +17,8 @@ from pseudolabel.forkserver import fork_server
 
 @command
 def run(
-    recipe: Annotated[Path, typer.Argument(help="TOML file")],
-    out: Annotated[Path, typer.Option(help="directory of the whole run: made, or gone on with")],
+    recipe: Annotated[str, typer.Argument(help="TOML file")],
+    out: Annotated[str, typer.Option(metavar="PATH", help="directory of the whole run: made, or gone on with")],
     overrides: Overrides = None,
     device: Device = "auto",
     workers: LoaderWorkers = None,
@@ -44,7 +44,7 @@ def run(
 
 @command
 def report(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="what `run` left, or a single run directory")],
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="what `run` left, or a single run directory")],
     as_json: Json = False,
 ) -> Mapping[str, Any]:
     """Write a self-contained HTML page: table, training curves, images with their soft labels."""

@@ -1,16 +1,16 @@
 """What the parts' footers say, kept in one file, so that a store of a hundred thousand parts is known in a second.
 
-STORE/log/footers.parquet is a cache: each row holds a part's footer with the size and time of the part file that it was
-read from, and counts only while the file has these. It may be deleted; `verify` and training don't use it.
+STORE/log/footers.parquet is a cache: each row holds a part's footer with the size and version (on a disk: the time of
+change) of the part file that it was read from, and counts only while the file has these. It may be deleted; `verify`
+and training don't use it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
-from collections.abc import Container, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Container, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import pyarrow as pa
@@ -19,14 +19,16 @@ from pseudolabel.errors import PseudolabelError, StorageError
 from pseudolabel.labels import schema
 from pseudolabel.labels.schema import PartInfo
 from pseudolabel.labels.store import Store
+from pseudolabel.storage import Location, RemotePath
 
 _SCHEMA = pa.schema([("shard", pa.string()), ("bytes", pa.int64()), ("time_ns", pa.int64()), ("info", pa.string())])
 WORTH_IT = 100  # new footers before the file is written again
+_AT_ONCE = 32  # footers asked of an object storage
 _CHUNK = 10_000  # rows that are Python objects at once, beside those that are kept
 
 
 class Footer(NamedTuple):
-    """A part's footer as JSON, and the size and time of change of its file. Small: there may be a hundred thousand."""
+    """A part's footer as JSON, and the size and version of its file. Small: there may be a hundred thousand."""
 
     bytes: int
     time_ns: int
@@ -43,33 +45,28 @@ def read_footers(store: Store, only: Container[str] | None = None, *, keep: bool
     knows. `keep` writes the cache again if many were not in it. Raises as `Store.info`.
     """
     known = _load(store)
-    found: dict[str, Footer] = {}
-    new = 0
-    for name, size, time_ns in sorted(_listed(store.root / "parts")):
-        if only is not None and name not in only:
-            continue
-        footer = known.get(name)
-        if footer is None or (footer.bytes, footer.time_ns) != (size, time_ns):
-            footer = Footer(size, time_ns, json.dumps(store.info(name).to_json()))
-            new += 1
-        found[name] = footer
-    if keep and new >= WORTH_IT:
+    files = {one.name.removesuffix(".parquet"): one for one in store.part_files()}
+    wanted = [name for name in files if only is None or name in only]
+    unknown = [name for name in wanted if name not in known or known[name][:2] != files[name][1:]]
+
+    def read(name: str) -> Footer:
+        _, size, version = files[name]
+        return Footer(size, version, json.dumps(store.info(name, size).to_json()))
+
+    if isinstance(store.root, RemotePath):
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            fresh = dict(zip(unknown, pool.map(read, unknown), strict=True))
+    else:
+        fresh = {name: read(name) for name in unknown}
+    found = {name: fresh.get(name) or known[name] for name in wanted}
+    if keep and len(fresh) >= WORTH_IT:
         with contextlib.suppress(StorageError):  # a cache, on a disk that may be full
             _save(store, {**known, **found})
     return found
 
 
-def _path(store: Store) -> Path:
+def _path(store: Store) -> Location:
     return store.root / "log" / "footers.parquet"
-
-
-def _listed(directory: Path) -> Iterator[tuple[str, int, int]]:
-    """Shard, bytes and time of every part file."""
-    with os.scandir(directory) as entries:
-        for entry in entries:
-            if entry.name.endswith(".parquet") and not entry.name.startswith("."):
-                status = entry.stat()
-                yield entry.name.removesuffix(".parquet"), status.st_size, status.st_mtime_ns
 
 
 def _load(store: Store) -> dict[str, Footer]:

@@ -19,12 +19,14 @@ import pyarrow.parquet as pq
 
 from pseudolabel import storage
 from pseudolabel.errors import DamagedPart, StoreError
+from pseudolabel.storage import Location, RemotePath
 
 FORMAT_VERSION = 1
 METADATA_KEY = b"pseudolabel"
 ROW_GROUP_ROWS = 16384
 _UNSEALED = "0" * 64
 _SEAL_KEY = "file_sha256"
+_FOOTER = 1 << 16  # bytes; a footer is rarely larger
 
 _IDENTITY_FIELDS = [
     pa.field("key", pa.string(), nullable=False),
@@ -79,7 +81,7 @@ def part_schema(encoding_fields: Sequence[pa.Field], *, augmented: bool) -> pa.S
     return pa.schema([*_IDENTITY_FIELDS, *(_VIEW_FIELDS if augmented else []), *_SUMMARY_FIELDS, *encoding_fields])
 
 
-def write_sealed(path: Path, table: pa.Table, metadata: Mapping[str, Any]) -> None:
+def write_sealed(path: Location, table: pa.Table, metadata: Mapping[str, Any]) -> None:
     """Write a Parquet file atomically, with page checksums, `metadata` as JSON, and its own hash. Raises
     `StorageError`.
     """
@@ -128,7 +130,7 @@ def _seal_position(content: bytes) -> int:
     return position + len(marker)
 
 
-def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+def read_table(path: Location, columns: Sequence[str] | None = None) -> pa.Table:
     """Read a file whole, its hash and page checksums verified. Raises `DamagedPart` or `StorageError`."""
     with storage.explain_os_errors(path, "reading"):
         content = path.read_bytes()
@@ -146,12 +148,16 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
         raise damaged(path, _first_line(error)) from error
 
 
-def read_metadata(path: Path) -> dict[str, Any]:
+def read_metadata(path: Location, size: int | None = None) -> dict[str, Any]:
     """The JSON of a file's footer. Raises `DamagedPart` or `StoreError` (unknown format version)."""
-    if not path.is_file():
+    if isinstance(path, RemotePath):
+        tail = _tail(path, path.entry().size if size is None else size)
+    elif not path.is_file():
         raise StoreError(f"{path}: no such file; annotate this shard")
+    else:
+        tail = path
     try:
-        found = pq.read_metadata(path).metadata or {}
+        found = pq.read_metadata(tail).metadata or {}
         metadata = json.loads(found[METADATA_KEY])
         version = metadata["format_version"]
     except PermissionError as error:
@@ -165,16 +171,25 @@ def read_metadata(path: Path) -> dict[str, Any]:
     return dict(metadata)
 
 
-def read_info(path: Path) -> PartInfo:
+def _tail(path: RemotePath, size: int) -> pa.BufferReader:
+    """A remote file's end, which holds its footer: as much as that takes. Raises `StorageError`."""
+    tail = path.read_range(max(size - _FOOTER, 0), size)
+    length = int.from_bytes(tail[-8:-4], "little") + 8
+    if len(tail) < length <= size:
+        tail = path.read_range(size - length, size)
+    return pa.BufferReader(tail)
+
+
+def read_info(path: Location, size: int | None = None) -> PartInfo:
     """What a part says of itself, from its footer alone. Raises as `read_metadata`."""
-    metadata = read_metadata(path)
+    metadata = read_metadata(path, size)
     try:
         return PartInfo(**{name: metadata[name] for name in PartInfo.__dataclass_fields__})
     except KeyError as error:
         raise damaged(path, f"its metadata lacks {error}") from error
 
 
-def damaged(path: Path, why: str) -> DamagedPart:
+def damaged(path: Location, why: str) -> DamagedPart:
     return DamagedPart(
         f"{path}: this file of the store is damaged: {why}\ndelete it and run the same annotate "
         "again: only this shard is redone"

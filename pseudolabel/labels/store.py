@@ -1,20 +1,21 @@
-"""The store: a directory of parts with one identity.
+"""The store: a directory of parts with one identity, on a disk or in an object storage.
 
     STORE/store.json               identity, written first
     STORE/parts/<shard>.parquet    present means whole
     STORE/rejects/<shard>.parquet  only where there are any; written before the part
     STORE/log/*.jsonl              timings and hosts; never part of identity
 
-Committing a shard: rejects (or their removal), then the part by rename. The part is the mark that the shard is done.
+Committing a shard: rejects (or their removal), then the part, by rename or as one put. The part is the mark that the
+shard is done.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -24,6 +25,7 @@ from pseudolabel import storage
 from pseudolabel.errors import StoreError, StoreMismatch
 from pseudolabel.labels import schema
 from pseudolabel.labels.schema import FORMAT_VERSION, PartInfo
+from pseudolabel.storage import Entry, Location
 
 
 @dataclass(frozen=True)
@@ -65,31 +67,37 @@ class StoreIdentity:
 class Store:
     """An open store. Make one with `create` (annotate) or `open_store` (all others)."""
 
-    root: Path
+    root: Location
     identity: StoreIdentity
 
     @property
     def fingerprint(self) -> str:
         return self.identity.fingerprint
 
-    def part_path(self, shard: str) -> Path:
+    def part_path(self, shard: str) -> Location:
         return self.root / "parts" / f"{shard}.parquet"
 
-    def rejects_path(self, shard: str) -> Path:
+    def rejects_path(self, shard: str) -> Location:
         return self.root / "rejects" / f"{shard}.parquet"
 
     def part_names(self) -> list[str]:
         """Shards that are done, sorted. One listing of the directory."""
-        return sorted(path.name.removesuffix(".parquet") for path in (self.root / "parts").glob("[!.]*.parquet"))
+        return [one.name.removesuffix(".parquet") for one in self.part_files()]
 
-    def info(self, shard: str) -> PartInfo:
-        """What a part says of itself; it must belong to this store and to this shard.
+    def part_files(self) -> list[Entry]:
+        """The part files, by name, with size and version. One listing of the directory."""
+        files = storage.entries(self.root / "parts")
+        return [one for one in files if one.name.endswith(".parquet") and not one.name.startswith(".")]
+
+    def info(self, shard: str, size: int | None = None) -> PartInfo:
+        """What a part says of itself; it must belong to this store and to this shard. `size`, where it is known from a
+        listing, saves a remote store a question.
 
         Raises:
             StoreMismatch, DamagedPart.
         """
         path = self.part_path(shard)
-        info = schema.read_info(path)
+        info = schema.read_info(path, size)
         if info.fingerprint != self.fingerprint:
             raise StoreMismatch(
                 f"{path}: made with fingerprint {info.fingerprint[:12]}, this store has {self.fingerprint[:12]}\n"
@@ -136,22 +144,22 @@ class Store:
         if rejects.num_rows:
             facts = {"format_version": FORMAT_VERSION, "fingerprint": info.fingerprint, "shard": info.shard}
             schema.write_sealed(path, rejects, facts)
-        else:
+        elif not isinstance(path, storage.RemotePath) or path.is_file():
             with storage.explain_os_errors(path, "removing"):
                 path.unlink(missing_ok=True)
         schema.write_sealed(self.part_path(info.shard), part, info.to_json())
 
 
-def create(root: str | Path, identity: StoreIdentity) -> Store:
+def create(root: str | os.PathLike[str], identity: StoreIdentity) -> Store:
     """Make the store, or open it for more parts if it has this very identity.
 
     Raises:
         StoreMismatch: there is a store made from something else; the message says what differs.
     """
-    store = Store(storage.local_path(root), identity)
+    store = Store(storage.location(root), identity)
     path = store.root / "store.json"
     if not path.exists():
-        if any((store.root / "parts").glob("*.parquet")):
+        if store.part_files():
             raise StoreError(
                 f"{store.root}: holds parts but no store.json, so they can't be trusted; choose another --out"
             )
@@ -171,13 +179,13 @@ def create(root: str | Path, identity: StoreIdentity) -> Store:
     return found
 
 
-def open_store(root: str | Path) -> Store:
+def open_store(root: str | os.PathLike[str]) -> Store:
     """Open a store for reading.
 
     Raises:
         StoreError: no store there, or one of another format version, or a store.json that was edited.
     """
-    directory = storage.local_path(root)
+    directory = storage.location(root)
     path = directory / "store.json"
     if not path.exists():
         raise StoreError(f"{directory}: no store here (no store.json); make one with `pseudolabel annotate`")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import pyarrow as pa
 
@@ -19,6 +18,7 @@ from pseudolabel.labels.schema import PartInfo
 from pseudolabel.labels.store import Store
 from pseudolabel.shard_lists import Shard
 from pseudolabel.shards import ShardFile
+from pseudolabel.storage import Location
 
 
 @dataclass(frozen=True)
@@ -63,15 +63,19 @@ def verify(store: Store, shards: Sequence[Shard] = ()) -> VerifyResult:
 
 def _foreign_files(store: Store) -> Iterator[Problem]:
     for directory in ("parts", "rejects"):
-        for path in sorted((store.root / directory).glob("*")):
-            if storage.is_temporary(path):
+        place: Location = store.root / directory
+        if not storage.is_remote(place) and not place.is_dir():
+            continue
+        files = {one.name for one in storage.entries(place)}
+        for name in sorted(one.name for one in place.iterdir()):
+            if storage.is_temporary(name):
                 continue  # of a killed annotate: the next one removes it
-            if path.suffix != ".parquet" or not path.is_file():
-                yield Problem(path.name, "ForeignFile", f"{path}: doesn't belong into a store; remove it")
+            if not name.endswith(".parquet") or name not in files:
+                yield Problem(name, "ForeignFile", f"{place / name}: doesn't belong into a store; remove it")
 
 
 def _check_counts(store: Store, info: PartInfo, part: pa.Table, rejects: pa.Table) -> None:
-    path: Path = store.part_path(info.shard)
+    path = store.part_path(info.shard)
     views = store.identity.num_views
     wanted = schema.part_schema(_encoding_fields(part), augmented=views > 1)
     if part.schema.names != wanted.names:
@@ -100,7 +104,7 @@ def _check_counts(store: Store, info: PartInfo, part: pa.Table, rejects: pa.Tabl
         _check_views(path, part)
 
 
-def _check_views(path: Path, part: pa.Table) -> None:
+def _check_views(path: Location, part: pa.Table) -> None:
     """Crops lie in their image, and view 0 is the whole of it."""
     rows = part.select(["key", "view", "crop", "flip", "aug_seed"]).to_pylist()
     for row in rows:
@@ -125,7 +129,7 @@ def _check_shard(shard: Shard, info: PartInfo, part: pa.Table, rejects: pa.Table
     with ShardFile(shard) as opened:
         if opened.size != info.size or opened.sha256() != info.sha256:
             raise StoreMismatch(
-                f"{shard.path}: its content is not what was annotated; put the old shard back or annotate it again"
+                f"{shard.where}: its content is not what was annotated; put the old shard back or annotate it again"
             )
         keys = dict(
             zip(
@@ -137,6 +141,6 @@ def _check_shard(shard: Shard, info: PartInfo, part: pa.Table, rejects: pa.Table
         wrong = [index for index, key in keys.items() if opened.keys[index] != key]
         if wrong:
             raise DamagedShard(
-                f"{shard.path}: sample {wrong[0]} is {opened.keys[wrong[0]]!r}, the store's label is "
+                f"{shard.where}: sample {wrong[0]} is {opened.keys[wrong[0]]!r}, the store's label is "
                 f"of {keys[wrong[0]]!r}"
             )

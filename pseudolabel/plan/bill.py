@@ -119,7 +119,7 @@ def plan(
     engine, settings = engine or default_engine(), settings or AnnotateSettings()
     say("loading the teacher")
     settings = choose_precision(settings, engine)
-    settings = choose_batch_size(settings, teacher, engine, storage.local_path(out) if out else None, keep=False)
+    settings = choose_batch_size(settings, teacher, engine, storage.location(out) if out else None, keep=False)
     loaded = teacher.load(torch.device("cpu"))
     settings = settle(settings, engine.devices()[0], loaded)
     identity, dense = identify(loaded, settings), settings.model_copy(update={"encoding": "dense"})
@@ -225,7 +225,7 @@ def _row(one: Price, rows: float, parts: float, beside: float, chosen: bool) -> 
 
 def _present(out: str | Path | None, identity: StoreIdentity) -> Store | None:
     """The store to go on with, if there is one. Raises `StoreMismatch` if it is of something else."""
-    if out is None or not (storage.local_path(out) / "store.json").exists():
+    if out is None or not (storage.location(out) / "store.json").exists():
         return None
     found = open_store(out)
     if found.fingerprint != identity.fingerprint:
@@ -241,11 +241,14 @@ def _present(out: str | Path | None, identity: StoreIdentity) -> Store | None:
 def _bytes_there(present: Store | None, names: Sequence[str]) -> int:
     if present is None:
         return 0
-    paths = [
-        present.root / "store.json",
-        *(path(name) for name in names for path in (present.part_path, present.rejects_path)),
-    ]
-    return sum(path.stat().st_size for path in paths if path.exists())
+    parts = {f"{name}.parquet" for name in names}
+    files = [(one, storage.entries(present.root / one)) for one in ("", "parts", "rejects")]
+    return sum(
+        one.size
+        for place, found in files
+        for one in found
+        if (one.name in parts if place else one.name == "store.json")
+    )
 
 
 def _notes(census: Census, rejects: RejectForecast, whole: bool, limit: float) -> list[str]:

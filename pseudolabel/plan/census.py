@@ -162,6 +162,6 @@ def _picks(
 def _size(shard: Shard) -> int:
     """0 for a shard that can't be found: opening it will say why."""
     try:
-        return storage.local_path(shard.path).stat().st_size
-    except OSError:
+        return storage.entry(storage.location(shard.path)).size if shard.size is None else shard.size
+    except StorageError:
         return 0

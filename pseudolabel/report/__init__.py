@@ -8,10 +8,10 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from pseudolabel import storage
 from pseudolabel.errors import PseudolabelError, ShardListError, StoreError
 from pseudolabel.rundir import read_metrics
+from pseudolabel.storage import Location
 
 _SHOWN_PER_ROW = 8
 
@@ -33,7 +34,7 @@ class _Shown:
     labels: list[tuple[str, float]]
 
 
-def write_report(directory: str | Path) -> Path:
+def write_report(directory: str | os.PathLike[str]) -> Location:
     """Write `report.html` into a run's directory and return its path.
 
     Raises:
@@ -41,7 +42,7 @@ def write_report(directory: str | Path) -> Path:
     """
     from jinja2 import Environment, StrictUndefined
 
-    root = storage.local_path(directory)
+    root = storage.location(directory)
     marker = root / "run.json"
     if not marker.exists():
         raise StoreError(f"{root}: no finished run here (no run.json); finish it with the command that started it")
@@ -54,7 +55,7 @@ def write_report(directory: str | Path) -> Path:
     template = resources.files("pseudolabel.report").joinpath("page.html.j2").read_text(encoding="utf-8")
     page = Environment(undefined=StrictUndefined, autoescape=True).from_string(template)
     text = page.render(
-        title=root.resolve().name,
+        title=(root if isinstance(root, storage.RemotePath) else root.resolve()).name,
         rows=rows,
         plot=_curves(runs),
         grid=_grid(root, content),
@@ -72,17 +73,17 @@ def _rows(content: dict[str, Any]) -> list[dict[str, Any]]:
     return [{"name": "run", **content["result"], **model}]
 
 
-def _run_directories(root: Path) -> Iterator[tuple[str, Path]]:
+def _run_directories(root: Location) -> Iterator[tuple[str, Location]]:
     candidates = [
         ("run", root),
         ("teacher", root / "teacher"),
-        *sorted((p.parent.name, p) for p in root.glob("round-*/student")),
+        *sorted((one.name, one / "student") for one in root.iterdir() if one.name.startswith("round-")),
         ("control", root / "control"),
     ]
     return ((name, path) for name, path in candidates if (path / "metrics.jsonl").exists())
 
 
-def _curves(runs: dict[str, Path]) -> str:
+def _curves(runs: dict[str, Location]) -> str:
     """Loss and validation accuracy over steps as one plotly figure."""
     import plotly.graph_objects as go
     from plotly.subplots import make_subplots
@@ -114,7 +115,7 @@ def _curves(runs: dict[str, Path]) -> str:
     return plot
 
 
-def _grid(root: Path, content: dict[str, Any]) -> list[tuple[str, list[_Shown]]]:
+def _grid(root: Location, content: dict[str, Any]) -> list[tuple[str, list[_Shown]]]:
     """Images of the first store's first shard: where the teacher is sure, in doubt, and lost."""
     if content["kind"] != "run":
         return []
@@ -190,6 +191,6 @@ def _data_uri(fields: Any) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _recipe(root: Path) -> str:
+def _recipe(root: Location) -> str:
     path = root / "recipe.toml"
     return path.read_text(encoding="utf-8") if path.exists() else ""

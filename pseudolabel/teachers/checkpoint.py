@@ -5,7 +5,6 @@ teacher. `?trust_code=true` is wanted for a model whose student is `python:…`:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -27,7 +26,7 @@ class CheckpointTeacher:
         return str(Spec("checkpoint", self.run))
 
     def load(self, device: torch.device) -> Classifier:
-        return load_model(Path(self.run), device, trust_code=self.trust_code)
+        return load_model(self.run, device, trust_code=self.trust_code)
 
 
 def make(spec: Spec) -> CheckpointTeacher:

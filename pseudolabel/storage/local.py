@@ -1,4 +1,4 @@
-"""Where files live: local paths today, behind the few verbs that an object store can offer too.
+"""Files on this machine's disks.
 
 Writing is atomic and durable: a temporary file beside the target, fsync, rename, fsync of the directory. A reader sees
 the old file, the new one, or none. A killed writer leaves its temporary file behind; it holds a lock that dies with
@@ -15,27 +15,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pseudolabel.errors import OutputExists, StorageError
+from pseudolabel.storage.remote import Entry
 
 _TEMPORARY = ".tmp-"
 
 
-def local_path(location: str | os.PathLike[str]) -> Path:
-    """The local path of `location`.
-
-    Raises:
-        StorageError: `location` is a URL of an object store, which this version doesn't read or write.
-    """
-    text = os.fspath(location)
-    scheme, separator, rest = text.partition("://")
-    if not separator:
-        return Path(text)
-    if scheme == "file":
-        return Path(rest)
-    raise StorageError(f"{text}: only local paths work in this version; copy the files here or mount the bucket")
-
-
 @contextmanager
-def explain_os_errors(path: Path, doing: str) -> Iterator[None]:
+def explain_os_errors(path: os.PathLike[str], doing: str) -> Iterator[None]:
     """Turn an `OSError` of the body into a `StorageError` that names the place, the cause and the remedy."""
     try:
         yield
@@ -43,7 +29,7 @@ def explain_os_errors(path: Path, doing: str) -> Iterator[None]:
         raise explained(error, path, doing) from error
 
 
-def explained(error: OSError, path: Path, doing: str) -> StorageError:
+def explained(error: OSError, path: os.PathLike[str], doing: str) -> StorageError:
     """`error` as a `StorageError` that names the place, the cause and the remedy."""
     return StorageError(f"{doing} {path} failed: {error.strerror or error}\n{_remedy(error)}")
 
@@ -132,9 +118,29 @@ def held(directory: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def is_temporary(path: Path) -> bool:
-    """Whether `path` is what a writer, living or killed, has not finished: no reader looks at it."""
-    return path.name.startswith(".") and _TEMPORARY in path.name
+def is_temporary(name: str) -> bool:
+    """Whether a file of this name is what a writer, living or killed, has not finished: no reader looks at it."""
+    return name.startswith(".") and _TEMPORARY in name
+
+
+def entries(directory: Path) -> list[Entry]:
+    """The files of a directory, by name; none if there is no directory. Raises `StorageError`."""
+    with explain_os_errors(directory, "listing"):
+        try:
+            with os.scandir(directory) as found:
+                return sorted(_entry(one.name, one.stat()) for one in found if one.is_file())
+        except FileNotFoundError:
+            return []
+
+
+def entry(path: Path) -> Entry:
+    """Size and version of a file. Raises `StorageError`."""
+    with explain_os_errors(path, "reading"):
+        return _entry(path.name, path.stat())
+
+
+def _entry(name: str, status: os.stat_result) -> Entry:
+    return Entry(name, status.st_size, status.st_mtime_ns)
 
 
 def remove_stale(directory: Path) -> None:
