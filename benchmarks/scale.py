@@ -48,7 +48,7 @@ class Answers:
         return ["cpu"]
 
     def map(self, work: Any, items: Sequence[Any]) -> Generator[Any, None, None]:
-        spent = {"decode": 0.0, "forward": 0.0, "write": 0.0, "other": 0.0}
+        spent = {"fetch": 0.0, "decode": 0.0, "forward": 0.0, "write": 0.0, "other": 0.0}
         for item in items:
             facts = {"samples": 4, "rejects": 0, "bytes": 10240, "seconds": spent, "device": "cpu", "pid": 0}
             yield Progress(item.name, finished=facts, ends=item)

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from pseudolabel.decoding import DecodedBatch, Decoding, ShardEnd, decode_samples, shard_end
 from pseudolabel.errors import DamagedShard, StorageError, WorkerDied
 from pseudolabel.forkserver import fork_server
-from pseudolabel.processes import become_helper
+from pseudolabel.processes import helper_start
 from pseudolabel.shard_lists import Shard
 from pseudolabel.shards import ShardFile
 
@@ -92,7 +92,7 @@ def decode_in_processes(
         prefetch_factor=_AHEAD,
         pin_memory=pin,
         multiprocessing_context=fork_server(),
-        worker_init_fn=become_helper,
+        worker_init_fn=helper_start(),
     )
     try:
         yield from loader

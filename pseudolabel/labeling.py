@@ -133,7 +133,7 @@ class AnnotateWork:
             store.open_store(self.root),
             device,
         )
-        with closing(_entries(fetched_ahead(shards), teacher, self.settings, device, self.devices)) as entries:
+        with closing(_entries(shards, teacher, self.settings, device, self.devices, line.stages)) as entries:
             yield from line.run(entries)
 
 
@@ -217,16 +217,22 @@ class _Line:
 
 
 def _entries(
-    shards: Iterator[Shard], teacher: LoadedTeacher, settings: AnnotateSettings, device: str, devices: int
+    shards: Iterator[Shard],
+    teacher: LoadedTeacher,
+    settings: AnnotateSettings,
+    device: str,
+    devices: int,
+    stages: Stages,
 ) -> Generator[tuple[Shard, Entry], None, None]:
     """What the shards hold, decoded where it doesn't keep the device waiting."""
     decoding = _decoding(teacher, settings)
+    fetched = fetched_ahead(shards, partial(stages.during, "fetch"))
     if device == "cpu":
-        yield from decode_shards(shards, decoding)
+        yield from decode_shards(fetched, decoding)
     elif isinstance(decoding.prepare, PrepareFor):
-        yield from decode_in_processes(shards, decoding, decoding_processes(devices), pin=device.startswith("cuda"))
+        yield from decode_in_processes(fetched, decoding, decoding_processes(devices), pin=device.startswith("cuda"))
     else:
-        yield from ahead(decode_shards(shards, decoding))
+        yield from ahead(decode_shards(fetched_ahead(shards), decoding))  # in a thread: it has no clock
 
 
 def _decoding(teacher: LoadedTeacher, settings: AnnotateSettings) -> Decoding:

@@ -23,7 +23,7 @@ from pseudolabel.layout import training_layout
 from pseudolabel.losses import Mixture
 from pseudolabel.optim import learning_rate, make_average, make_optimizer
 from pseudolabel.precision import autocast
-from pseudolabel.processes import become_helper
+from pseudolabel.processes import helper_start
 from pseudolabel.rundir import RunDirectory
 from pseudolabel.settings import TrainSettings
 from pseudolabel.validate import Validation
@@ -196,7 +196,7 @@ class TrainingLoop:
             pin_memory=self._device.type == "cuda",
             multiprocessing_context=fork_server(),
             timeout=_LOADER_TIMEOUT,
-            worker_init_fn=become_helper,
+            worker_init_fn=helper_start(),
         )
         try:
             for batch in loader:

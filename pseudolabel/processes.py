@@ -7,6 +7,8 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 
@@ -22,7 +24,25 @@ def end_with_parent() -> None:
     threading.Thread(target=_wait_and_end, daemon=True).start()
 
 
-def become_helper(_: int = 0) -> None:
+def take_environment(environment: Mapping[str, str]) -> None:
+    """Have the parent's environment as it is now. What is forked from a server has the one of the server's start, in
+    which credentials that were set since are missing.
+    """
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+def helper_start() -> Callable[[int], None]:
+    """What a DataLoader's process is to do first: take this process's environment, then `become_helper`."""
+    return partial(_start_helper, dict(os.environ))
+
+
+def _start_helper(environment: Mapping[str, str], _: int) -> None:
+    take_environment(environment)
+    become_helper()
+
+
+def become_helper() -> None:
     """In a process that loads or decodes for its parent: Ctrl-C is the parent's to handle, the complaint of torch's
     sharing thread when the parent ends is noise (what a batch raises travels to the parent all the same), and one
     thread is what it gets.

@@ -15,9 +15,9 @@ import os
 import stat
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -174,26 +174,30 @@ def shard_sha256(shard: Shard) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def fetched_ahead(shards: Iterator[Shard]) -> Iterator[Shard]:
+def fetched_ahead(
+    shards: Iterator[Shard], waiting_for_it: Callable[[], AbstractContextManager[None]] = nullcontext
+) -> Iterator[Shard]:
     """The same shards, while the next ones of an object storage are being fetched. What goes wrong with one is left to
-    whoever opens it.
+    whoever opens it. `waiting_for_it` is entered while nothing else is done than waiting.
     """
     with ThreadPoolExecutor(_SHARDS_AHEAD, "fetch") as pool:
         waiting: deque[tuple[Shard, Future[None]]] = deque()
+
+        def fetched() -> Shard:
+            shard, fetching = waiting.popleft()
+            with waiting_for_it():
+                fetching.result()
+            return shard
+
         for shard in shards:
             if not storage.is_remote(shard.path):
                 yield shard
                 continue
             waiting.append((shard, pool.submit(_try_to_fetch, shard)))
             if len(waiting) > _SHARDS_AHEAD:
-                yield _when_fetched(*waiting.popleft())
+                yield fetched()
         while waiting:
-            yield _when_fetched(*waiting.popleft())
-
-
-def _when_fetched(shard: Shard, fetching: Future[None]) -> Shard:
-    fetching.result()
-    return shard
+            yield fetched()
 
 
 def _try_to_fetch(shard: Shard) -> None:

@@ -1,5 +1,6 @@
 """Where annotate's time goes: seconds per stage, and what to change about the largest.
 
+fetch      waiting for shards of an object storage
 decode     reading and decoding, or waiting for it where it runs in processes of its own
 forward    the teacher and the encoding of its logits, or waiting for the device
 write      waiting for the previous part to be on disk
@@ -13,35 +14,37 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-STAGES = ("decode", "forward", "write", "other")
+STAGES = ("fetch", "decode", "forward", "write", "other")
 
 
 @dataclass
 class Stages:
-    """A worker's clock: every moment since the last `take` belongs to one stage, `other` if to none."""
+    """A worker's clock: every moment since the last `take` belongs to one stage, the innermost, `other` if to none."""
 
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
     _since: float = field(default_factory=time.monotonic)
+    _stage: str = "other"
 
     @contextmanager
     def during(self, stage: str) -> Iterator[None]:
         """Count the body's time as `stage`."""
-        self._until_now("other")
+        outer = self._stage
+        self._change_to(stage)
         try:
             yield
         finally:
-            self._until_now(stage)
+            self._change_to(outer)
 
     def take(self) -> dict[str, float]:
         """Seconds per stage since the last call, to a tenth of a millisecond."""
-        self._until_now("other")
+        self._change_to(self._stage)
         taken, self.seconds = self.seconds, dict.fromkeys(STAGES, 0.0)
         return {stage: round(seconds, 4) for stage, seconds in taken.items()}
 
-    def _until_now(self, stage: str) -> None:
+    def _change_to(self, stage: str) -> None:
         now = time.monotonic()
-        self.seconds[stage] += now - self._since
-        self._since = now
+        self.seconds[self._stage] += now - self._since
+        self._since, self._stage = now, stage
 
 
 def shares(seconds: Mapping[str, float]) -> dict[str, float]:
@@ -57,6 +60,7 @@ def bottleneck(seconds: Mapping[str, float], *, gpu: bool) -> str:
         return "nothing was annotated, so nothing was slow"
     worst = max(share, key=lambda stage: share[stage])
     advice = {
+        "fetch": "the network or the storage: bring the machine nearer to it; more --workers fetch more at once",
         "decode": "give the GPU's host more cores, or store smaller images; --fast-jpeg helps with large ones"
         if gpu
         else "store smaller images; --fast-jpeg helps with large ones",
@@ -64,7 +68,8 @@ def bottleneck(seconds: Mapping[str, float], *, gpu: bool) -> str:
         "--slice over more machines make it faster"
         if gpu
         else "the teacher itself: try --batch-size auto, a GPU, or --slice over more machines",
-        "write": "the disk of the store: put it on a faster one, or choose an encoding of fewer bytes (see plan)",
+        "write": "the disk or the network of the store: put it on a faster one, or choose an encoding of fewer bytes "
+        "(see plan)",
         "other": "bookkeeping: larger shards or a larger --batch-size make it less",
     }
     return f"bound by {worst} ({share[worst]:.0%} of the workers' time): {advice[worst]}"

@@ -204,7 +204,7 @@ def test_the_log_has_a_line_a_shard_and_is_not_part_of_identity(
     (log,) = (tmp_path / "store" / "log").glob("*.jsonl")
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert sorted(line["shard"] for line in lines[:-1]) == ["unlabeled-0", "unlabeled-1", "unlabeled-2"]
-    assert all(set(line["seconds"]) == {"decode", "forward", "write", "other"} for line in lines[:-1])
+    assert all(set(line["seconds"]) == {"fetch", "decode", "forward", "write", "other"} for line in lines[:-1])
     assert lines[-1]["result"]["bottleneck"].startswith("bound by ")
     assert sum(lines[-1]["result"]["stages"].values()) == pytest.approx(1, abs=1e-3)
     assert all(line["samples"] == 24 and line["seconds"]["forward"] > 0 for line in lines[:-1])

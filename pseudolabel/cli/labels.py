@@ -148,7 +148,7 @@ def annotate(
             on_progress=display.annotating,
         )
     found = dataclasses.asdict(result)
-    stages = ", ".join(f"{stage} {share:.0%}" for stage, share in result.stages.items())
+    stages = ", ".join(f"{stage} {share:.0%}" for stage, share in result.stages.items() if share)
     print_pairs({**found, "stages": stages}, for_people(as_json))
     return found
 

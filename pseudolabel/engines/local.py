@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -24,7 +24,7 @@ import torch
 from pseudolabel.allocator import keep_freed_memory
 from pseudolabel.errors import PseudolabelError, SpecError, WorkerDied
 from pseudolabel.forkserver import fork_server
-from pseudolabel.processes import end_with_parent
+from pseudolabel.processes import end_with_parent, take_environment
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -102,7 +102,9 @@ def _in_processes(work: _Work, items: Sequence[Any], devices: list[str]) -> Gene
         for device in devices:
             request, their_request = context.Pipe()
             result, their_result = context.Pipe(duplex=False)
-            process: BaseProcess = context.Process(target=_worker, args=(work, device, their_request, their_result))
+            process: BaseProcess = context.Process(
+                target=_worker, args=(work, device, their_request, their_result, dict(os.environ))
+            )
             process.start()
             their_request.close()
             their_result.close()
@@ -153,7 +155,8 @@ def _serve(
                 yield value
 
 
-def _worker(work: _Work, device: str, request: Connection, result: Connection) -> None:
+def _worker(work: _Work, device: str, request: Connection, result: Connection, environment: Mapping[str, str]) -> None:
+    take_environment(environment)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted and ends us
     sys.stdout = sys.stderr  # stdout is the command's, and may carry JSON
     end_with_parent()

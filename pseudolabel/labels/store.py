@@ -144,9 +144,8 @@ class Store:
         if rejects.num_rows:
             facts = {"format_version": FORMAT_VERSION, "fingerprint": info.fingerprint, "shard": info.shard}
             schema.write_sealed(path, rejects, facts)
-        elif not isinstance(path, storage.RemotePath) or path.is_file():
-            with storage.explain_os_errors(path, "removing"):
-                path.unlink(missing_ok=True)
+        else:
+            storage.discard(path)
         schema.write_sealed(self.part_path(info.shard), part, info.to_json())
 
 

@@ -28,6 +28,7 @@ __all__ = [
     "Mirror",
     "RemotePath",
     "atomic_file",
+    "discard",
     "entries",
     "entries_of",
     "entry",
@@ -146,6 +147,19 @@ def held(directory: Location) -> Iterator[None]:
         return
     with local.held(directory):
         yield
+
+
+def discard(path: Location) -> None:
+    """Delete `path` if it is there. Of an object nobody asks first: that would cost more. Raises `StorageError`."""
+    if not isinstance(path, RemotePath):
+        with explain_os_errors(path, "removing"):
+            path.unlink(missing_ok=True)
+        return
+    try:
+        path.unlink(missing_ok=True)
+    except StorageError:
+        if path.is_file():  # or else whoever may not delete has nothing to delete
+            raise
 
 
 def remove_stale(directory: Location) -> None:

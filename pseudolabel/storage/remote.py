@@ -36,6 +36,8 @@ _AT_ONCE = 16  # requests under way, of many small ones
 _PASSING_CODES = ("RequestTimeout", "IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch", "OperationAborted")
 _PASSING_STATUS = (408, 409, 425, 429)
 _FINAL = (FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError, ImportError)
+_VERSIONS = ("ETag", "etag", "generation", "md5Hash", "blob_id")  # what storages call them
+_VERSIONS += ("LastModified", "last_modified", "mtime", "Last-Modified")
 _TEMPORARY_BUGS = (TypeError, AttributeError, NotImplementedError, ValueError)  # asking again changes nothing
 
 
@@ -164,14 +166,18 @@ class RemotePath(os.PathLike[str]):
     def read_text(self, encoding: str = "utf-8", errors: str = "strict") -> str:
         return self.read_bytes().decode(encoding, errors)
 
-    def read_range(self, start: int, stop: int) -> bytes:
-        """Just these bytes; fewer are tried again like any other failure. Raises `StorageError`."""
+    def read_range(self, start: int, stop: int, *, or_all: int = 0) -> bytes:
+        """Just these bytes; fewer are tried again like any other failure. A web server that knows no ranges sends all:
+        they are returned if they are the `or_all` bytes that the file has. Raises `StorageError`.
+        """
         if start == stop:
             return b""
 
         def whole(data: bytes) -> bytes:
             if self.is_web and len(data) > stop - start:
-                data = data[start:stop]  # of a server that knows no ranges
+                if len(data) == or_all:
+                    return data
+                data = data[start:stop]
             if len(data) != stop - start:
                 raise ConnectionError(f"{len(data)} bytes came where {stop - start} were asked for")
             return data
@@ -181,10 +187,6 @@ class RemotePath(os.PathLike[str]):
         except FileNotFoundError as error:
             raise _absent(self) from error
         return found
-
-    def knows_ranges(self) -> bool:
-        """Whether a piece of the file can be had without the rest. Raises `StorageError`."""
-        return not self.is_web or bool(self._ask("reading", "info").get("partial"))
 
     def put(self, source: Path) -> None:
         """Make this the content of a local file, at once. Raises `StorageError`."""
@@ -308,8 +310,7 @@ def _as_entry(info: dict[str, Any]) -> Entry:
     size = info.get("size")
     if size is None:
         raise StorageError(f"{shown(info['name'])}: the server doesn't say how large it is; copy the files here")
-    names = ("ETag", "etag", "generation", "md5Hash", "blob_id", "LastModified", "last_modified", "mtime")
-    version = next((str(info[name]) for name in names if info.get(name)), "")
+    version = next((str(info[name]) for name in _VERSIONS if info.get(name)), "")
     name = posixpath.basename(info["name"].partition("?")[0].rstrip("/"))
     return Entry(name, int(size), version_number(version) if version else 0)
 
@@ -338,7 +339,8 @@ def _options(scheme: str) -> dict[str, Any]:
 
     known: dict[str, Any] = conf.get(scheme, {})
     if scheme == "s3":
-        own = {"connect_timeout": 10, "read_timeout": 30, "retries": {"total_max_attempts": 1}}
+        own: dict[str, Any] = {"connect_timeout": 10, "read_timeout": 30, "retries": {"total_max_attempts": 1}}
+        own["response_checksum_validation"] = "when_required"  # some servers give a piece the sum of the whole
         importlib.import_module("s3fs")
         return {"config_kwargs": {**own, **known.get("config_kwargs", {})}}
     if scheme in _WEB:

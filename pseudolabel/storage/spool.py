@@ -28,7 +28,6 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from pseudolabel.errors import StorageError
@@ -121,27 +120,33 @@ def _fetch(source: RemotePath, entry: Entry, path: Path) -> None:
 def _copy(source: RemotePath, size: int, target: Path) -> str:
     """Fetch pieces, a few at a time, and write them in order. Returns the SHA-256."""
     digest = hashlib.sha256()
-    length = _PIECE if source.knows_ranges() else max(size, 1)
-    starts = iter(range(0, size, length))
-    pieces: deque[Future[bytes]] = deque()
-    with ThreadPoolExecutor(_PIECES_AHEAD) as pool, open(target, "r+b") as file:
+    with open(target, "r+b") as file:
         file.truncate(0)
-        ask = partial(_piece, source, size, length)
-        try:
-            pieces.extend(pool.submit(ask, start) for _, start in zip(range(_PIECES_AHEAD), starts, strict=False))
-            while pieces:
-                data = pieces.popleft().result()
-                pieces.extend(pool.submit(ask, start) for _, start in zip(range(1), starts, strict=False))
-                digest.update(data)
-                file.write(data)
-        finally:
-            for piece in pieces:
-                piece.cancel()
+        for data in _pieces(source, size):
+            digest.update(data)
+            file.write(data)
     return digest.hexdigest()
 
 
-def _piece(source: RemotePath, size: int, length: int, start: int) -> bytes:
-    return source.read_range(start, min(start + length, size))
+def _pieces(source: RemotePath, size: int) -> Iterator[bytes]:
+    starts = iter(range(0, size, _PIECE))
+    if source.is_web and size:  # which may send more than is asked for
+        first = source.read_range(0, min(next(starts) + _PIECE, size), or_all=size)
+        yield first
+        if len(first) == size:
+            return
+    waiting: deque[Future[bytes]] = deque()
+    with ThreadPoolExecutor(_PIECES_AHEAD, "fetch") as pool:
+        try:
+            for start in starts:
+                waiting.append(pool.submit(source.read_range, start, min(start + _PIECE, size)))
+                if len(waiting) == _PIECES_AHEAD:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for piece in waiting:
+                piece.cancel()
 
 
 def make_room(directory: Path, size: int, *, all_of_it: bool = False) -> None:
