@@ -164,7 +164,7 @@ def _sizes(places: Sequence[storage.RemotePath]) -> dict[str, int | None]:
     singly = [one for parent, ones in by_parent.items() if len(ones) < _LIST_FROM or parent.is_web for one in ones]
     known = dict(zip(singly, storage.entries_of(singly), strict=True))
     for parent in by_parent.keys() - {one.parent for one in singly}:
-        listed = {one.name: one for one in storage.entries(parent)}
+        listed = {one.name: one for one in storage.entries(parent, [one.name for one in by_parent[parent]])}
         known |= {one: listed.get(one.name) for one in by_parent[parent]}
     missing = [one for one in places if known[one] is None]
     if missing:

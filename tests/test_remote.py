@@ -41,6 +41,22 @@ def test_files_are_written_listed_read_and_removed(bucket: Bucket) -> None:
     assert [name.url for name, _ in place.parent.glob("*/two.*")] == [(place / "two.bin").url]
 
 
+@pytest.mark.parametrize("wanted", [{"f-03"}, {"a", "f-00", "f-04", "g"}, {f"f-{n:02d}" for n in range(40)}])
+def test_a_listing_in_many_places_at_once_is_the_same(
+    wanted: set[str], bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names that are told but not there, and those that are there and not told, change nothing."""
+    monkeypatch.setattr(remote, "_MANY", 1)
+    monkeypatch.setattr(remote, "_AT_ONCE", 3)
+    place = storage.location(bucket.url) / "parts"
+    for name in ("below/x", "f-00", "f-01", "f-10", "f-11", "f-20", "ü", "0"):
+        storage.write_atomic(place / name, name)
+    found = storage.entries(place, sorted(wanted) * 3)
+    assert found == storage.entries(place)
+    assert [one.name for one in found] == ["0", "f-00", "f-01", "f-10", "f-11", "f-20", "ü"]
+    assert storage.entries(place.parent / "none", sorted(wanted) * 3) == []
+
+
 def test_what_is_written_new_is_never_overwritten(bucket: Bucket) -> None:
     path = storage.location(f"{bucket.url}/store.json")
     assert storage.write_new(path, "first")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Container, Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -40,12 +40,12 @@ class Footer(NamedTuple):
         return PartInfo(**json.loads(self.text))
 
 
-def read_footers(store: Store, only: Container[str] | None = None, *, keep: bool = False) -> dict[str, Footer]:
+def read_footers(store: Store, only: Collection[str] | None = None, *, keep: bool = False) -> dict[str, Footer]:
     """Of all parts, or `only` of these shards, by shard, sorted; from the cache where the part file is the one it
     knows. `keep` writes the cache again if many were not in it. Raises as `Store.info`.
     """
     known = _load(store)
-    files = {one.name.removesuffix(".parquet"): one for one in store.part_files()}
+    files = {one.name.removesuffix(".parquet"): one for one in store.part_files(only if only is not None else known)}
     wanted = [name for name in files if only is None or name in only]
     unknown = [name for name in wanted if name not in known or known[name][:2] != files[name][1:]]
 

@@ -14,8 +14,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
@@ -84,9 +85,11 @@ class Store:
         """Shards that are done, sorted. One listing of the directory."""
         return [one.name.removesuffix(".parquet") for one in self.part_files()]
 
-    def part_files(self) -> list[Entry]:
-        """The part files, by name, with size and version. One listing of the directory."""
-        files = storage.entries(self.root / "parts")
+    def part_files(self, near: Iterable[str] = ()) -> list[Entry]:
+        """The part files, by name, with size and version. One listing of the directory; shards whose parts are likely
+        there, `near`, make that of a remote store quicker.
+        """
+        files = storage.entries(self.root / "parts", [f"{shard}.parquet" for shard in near])
         return [one for one in files if one.name.endswith(".parquet") and not one.name.startswith(".")]
 
     def info(self, shard: str, size: int | None = None) -> PartInfo:
@@ -124,7 +127,7 @@ class Store:
     def read_rejects(self, shard: str) -> pa.Table:
         """A shard's rejects, empty where there are none. Raises `DamagedPart`."""
         path = self.rejects_path(shard)
-        if not path.exists():
+        if not (path.name in self._remote_rejects if storage.is_remote(path) else path.exists()):
             return schema.REJECT_SCHEMA.empty_table()
         metadata = schema.read_metadata(path)
         if (metadata.get("fingerprint"), metadata.get("shard")) != (self.fingerprint, shard):
@@ -132,6 +135,11 @@ class Store:
                 f"{path}: these are not the rejects of shard {shard!r} in this store; put its own file back"
             )
         return schema.read_table(path)
+
+    @cached_property
+    def _remote_rejects(self) -> frozenset[str]:
+        """The rejects files of a remote store: most shards have none, and asking for each costs a listing each."""
+        return frozenset(one.name for one in storage.entries(self.root / "rejects"))
 
     def tidy(self) -> None:
         """Remove what writers that are gone have left half-written."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -76,9 +76,11 @@ def local_path(place: str | os.PathLike[str]) -> Path:
     return found
 
 
-def entries(directory: Location) -> list[Entry]:
-    """The files of a directory, by name, from one listing; none if nothing is there. Raises `StorageError`."""
-    return directory.entries() if isinstance(directory, RemotePath) else local.entries(directory)
+def entries(directory: Location, near: Sequence[str] = ()) -> list[Entry]:
+    """The files of a directory, by name, from one listing; none if nothing is there. `near` as in
+    `RemotePath.entries`. Raises `StorageError`.
+    """
+    return directory.entries(near) if isinstance(directory, RemotePath) else local.entries(directory)
 
 
 def entry(path: Location) -> Entry:

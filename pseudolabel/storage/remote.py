@@ -15,10 +15,11 @@ import importlib
 import os
 import posixpath
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -33,12 +34,13 @@ _LONGEST_PAUSE = 15.0  # seconds between two tries
 _DEADLINE = 60.0  # seconds for one try, and one more for each _SLOWEST bytes
 _SLOWEST = 1 << 20
 _AT_ONCE = 16  # requests under way, of many small ones
+_MANY = 5000  # names, from which on a listing is divided
 _PASSING_CODES = ("RequestTimeout", "IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch", "OperationAborted")
 _PASSING_STATUS = (408, 409, 425, 429)
 _FINAL = (FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError, ImportError)
-_VERSIONS = ("ETag", "etag", "generation", "md5Hash", "blob_id")  # what storages call them
-_VERSIONS += ("LastModified", "last_modified", "mtime", "Last-Modified")
-_TEMPORARY_BUGS = (TypeError, AttributeError, NotImplementedError, ValueError)  # asking again changes nothing
+_ETAGS = ("ETag", "etag", "generation", "md5Hash", "blob_id")  # what storages call a version
+_VERSIONS = (*_ETAGS, "LastModified", "last_modified", "mtime", "Last-Modified")
+_REFUSED = (TypeError, AttributeError, NotImplementedError, ValueError)  # asking again changes nothing
 
 
 class Entry(NamedTuple):
@@ -134,9 +136,39 @@ class RemotePath(os.PathLike[str]):
             return None
         return None if info["type"] == "directory" else _as_entry(info)
 
-    def entries(self) -> list[Entry]:
-        """The files right below, by name, from one listing. Raises `StorageError`."""
+    def entries(self, near: Sequence[str] = ()) -> list[Entry]:
+        """The files right below, by name, from one listing. A storage gives a thousand names at a time, one page after
+        the other; S3 is asked in many places at once if it is told names that lie `near` those that are there. Raises
+        `StorageError`.
+        """
+        if self.scheme == "s3" and len(near) >= _MANY:
+            names = sorted(near)
+            bounds = names[len(names) // _AT_ONCE :: len(names) // _AT_ONCE]
+            with ThreadPoolExecutor(_AT_ONCE) as pool:
+                return list(chain.from_iterable(pool.map(self._between, ["", *bounds], [*bounds, None])))
         return sorted(_as_entry(one) for one in self._list() if one["type"] != "directory")
+
+    def _between(self, after: str, until: str | None) -> list[Entry]:
+        """Files by name, from behind one name to another; None: to the end."""
+        bucket, _, path = _bare(self).partition("/")
+        prefix = f"{path}/" if path else ""
+        where: dict[str, Any] = {"StartAfter": f"{prefix}{after}"} if after else {}
+        found: list[Entry] = []
+        while True:
+            try:
+                page = self._ask(
+                    "listing", "call_s3", "list_objects_v2", Bucket=bucket, Prefix=prefix, Delimiter="/", **where
+                )
+            except FileNotFoundError as error:
+                raise StorageError(f"listing {self} failed: {_text(error)}\n{_REMEDY_PLACE}") from error
+            for one in page.get("Contents", ()):
+                entry = _as_entry({**one, "name": one["Key"], "size": one["Size"]})
+                if until is not None and entry.name > until:
+                    return found
+                found.append(entry)
+            if not page.get("IsTruncated"):
+                return found
+            where = {"ContinuationToken": page["NextContinuationToken"]}
 
     def _list(self) -> list[dict[str, Any]]:
         if self.is_web:
@@ -273,7 +305,7 @@ class RemotePath(os.PathLike[str]):
         except Exception as error:  # each storage has errors of its own
             if _code(error) in ("PreconditionFailed", "ConditionalRequestConflict", "412"):
                 raise FileExistsError(self.url) from error
-            if options.get("mode") == "create" and isinstance(error, _TEMPORARY_BUGS):
+            if options.get("mode") == "create" and isinstance(error, _REFUSED):
                 raise _Unfit from error
             if isinstance(error, StorageError):
                 raise
@@ -363,7 +395,7 @@ def _call(system: Any, verb: str, seconds: float, arguments: tuple[Any, ...], op
     return sync(system.loop, getattr(system, f"_{verb}"), *arguments, timeout=seconds, **options)
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__
@@ -371,7 +403,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 def _code(error: BaseException) -> str:
     """What S3 calls the error, or ''."""
-    for one in _chain(error):
+    for one in _causes(error):
         response = getattr(one, "response", None)
         if isinstance(response, dict):
             return str(response.get("Error", {}).get("Code", ""))
@@ -380,7 +412,7 @@ def _code(error: BaseException) -> str:
 
 def _status(error: BaseException) -> int:
     """The HTTP status, or 0."""
-    for one in _chain(error):
+    for one in _causes(error):
         response = getattr(one, "response", None)
         facts = response.get("ResponseMetadata", {}) if isinstance(response, dict) else {}
         found = facts.get("HTTPStatusCode") or getattr(one, "status", None) or getattr(one, "status_code", None)
@@ -398,16 +430,16 @@ def _may_pass(error: BaseException) -> bool:
     status = _status(error)
     if status:
         return status >= 500 or status in _PASSING_STATUS or status < 300
-    if any("Credential" in type(one).__name__ or "ProfileNotFound" in type(one).__name__ for one in _chain(error)):
+    if any("Credential" in type(one).__name__ or "ProfileNotFound" in type(one).__name__ for one in _causes(error)):
         return False
-    return not isinstance(error, _TEMPORARY_BUGS)
+    return not isinstance(error, _REFUSED)
 
 
 _REMEDY_PLACE = "check the name of the bucket and the path"
 
 
 def _remedy(error: BaseException) -> str:
-    names = " ".join(type(one).__name__ for one in _chain(error))
+    names = " ".join(type(one).__name__ for one in _causes(error))
     if isinstance(error, PermissionError) or "Credential" in names or _status(error) in (401, 403):
         return "check the credentials in your environment, and what they are allowed to do there"
     if isinstance(error, FileNotFoundError):
