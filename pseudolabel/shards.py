@@ -19,11 +19,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 
 from pseudolabel import storage
-from pseudolabel.errors import PseudolabelError, StorageError
+from pseudolabel.errors import DamagedShard, PseudolabelError, StorageError
 from pseudolabel.shard_lists import Shard, ShardsLike, as_shards, list_shards, slice_shards
 from pseudolabel.storage import spool
 from pseudolabel.tar import BLOCK, Window, damaged_shard, index_samples, split_name
@@ -74,14 +73,19 @@ class ShardFile:
         self._descriptor = self._spooled.descriptor if self._spooled is not None else _opened(path)
         self._close = weakref.finalize(self, os.close, self._descriptor)
         try:
+            self._file_version = _version(os.fstat(self._descriptor))
+            self.size = self._file_version[0]
+            self.version: tuple[int, ...] = self._file_version
             if self._spooled is not None:
-                self.version: tuple[int, ...] = (self._spooled.size, self._spooled.version)
-            else:
-                self.version = _version(os.fstat(self._descriptor))
-            self.size = self.version[0]
+                self.version = (self._spooled.size, self._spooled.version)
             if self.size == 0:
                 raise damaged_shard(shard.where, "is empty (0 bytes)", 0, 0)
-            self.keys, self._fields = index_samples(shard.where, Window(self.size, self.bytes_at))
+            try:
+                self.keys, self._fields = index_samples(shard.where, Window(self.size, self.bytes_at))
+            except DamagedShard:
+                if self._spooled is not None:
+                    self.sha256()  # which tells damage of the copy from damage of the shard
+                raise
         except BaseException:
             self._close()
             raise
@@ -142,11 +146,9 @@ class ShardFile:
 
     def check_unchanged(self) -> None:
         """Raise `DamagedShard` if the file is no longer the one that was opened: samples read may be of both."""
-        if not isinstance(self._path, Path):
-            return  # what is read is a copy, made of one version
-        with storage.explain_os_errors(self._path, "reading"):
-            now = _version(self._path.stat())
-        if now != self.version:
+        with storage.explain_os_errors(self._path, "reading"):  # an object's copy may have lost its name by now
+            now = _version(os.stat(self._path if self._spooled is None else self._descriptor))
+        if now != self._file_version:
             raise damaged_shard(self.shard.where, "was changed or replaced while it was read", 0, len(self))
 
 

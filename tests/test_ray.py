@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import Cli
 
 from pseudolabel.annotate import Progress, annotate
 from pseudolabel.engines.local import LocalEngine
@@ -113,6 +114,38 @@ def test_a_node_lost_in_the_middle_costs_nothing(cluster: Any, corpus: Path, tea
 def _hashes(store: Path) -> dict[str, str]:
     files = [store / "store.json", *store.glob("parts/*"), *store.glob("rejects/*")]
     return {str(path.relative_to(store)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_the_command_on_the_cluster(cluster: Any, corpus: Path, teacher_dir: Path, tmp_path: Path, cli: Cli) -> None:
+    """A second driver beside this process's, killed in the middle, then run again: the bytes of one process."""
+    shards = [corpus / split for split in ("labeled", "unlabeled", "val")]
+    common = (*shards, "--teacher", f"checkpoint:{teacher_dir}", "--precision", "fp32", "--batch-size", 5)
+    cli("annotate", *common, "--out", tmp_path / "serial", "--device", "cpu", "--workers", 1)
+    on_ray = ("--engine", "ray", "--address", cluster.address, "--device", "cpu")
+    driver = cli.start("annotate", *common, "--out", tmp_path / "ray", *on_ray)
+    parts = tmp_path / "ray" / "parts"
+    while not (parts.is_dir() and any(parts.glob("[!.]*"))) and driver.poll() is None:
+        time.sleep(0.01)
+    os.killpg(driver.pid, signal.SIGKILL)
+    driver.communicate()
+    done, _ = cli("annotate", *common, "--out", tmp_path / "ray", *on_ray)
+    assert done["parts_written"] + done["parts_skipped"] == 5
+    assert done["parts_skipped"] > 0
+    assert _hashes(tmp_path / "ray") == _hashes(tmp_path / "serial")
+
+
+def test_the_command_is_terminated(cluster: Any, corpus: Path, teacher_dir: Path, tmp_path: Path, cli: Cli) -> None:
+    """SIGTERM ends it as it ends any other, and its actors with it; an address where nobody listens is one error."""
+    command = ("annotate", corpus / "unlabeled", "--teacher", f"checkpoint:{teacher_dir}", "--out", tmp_path / "store")
+    on_ray = ("--engine", "ray", "--device", "cpu", "--address")
+    driver = cli.start(*command, *on_ray, cluster.address, "--json")
+    while not (tmp_path / "store" / "parts").is_dir() and driver.poll() is None:
+        time.sleep(0.01)
+    driver.send_signal(signal.SIGTERM)
+    out, err = driver.communicate(timeout=60)
+    assert (driver.returncode, "Traceback" in err) in ((130, False), (0, False)), (out, err)
+    error, _ = cli(*command, *on_ray, "127.0.0.1:1", code=1)
+    assert "no Ray cluster can be reached there" in error["error"]["message"]
 
 
 def test_a_killed_worker_is_replaced(cluster: Any, tmp_path: Path) -> None:

@@ -90,7 +90,8 @@ def _open(path: Path, entry: Entry) -> Spooled | None:
     try:
         sha256 = _beside(path).read_text(encoding="ascii")
         if os.fstat(descriptor).st_size == entry.size and len(sha256) == 64:
-            os.utime(path)  # used just now
+            used, changed = time.time_ns(), os.fstat(descriptor).st_mtime_ns  # the latter tells a reader of writers
+            os.utime(path, ns=(used, changed))
             version = int.from_bytes(hashlib.sha256(path.name.encode()).digest()[:7])
             return Spooled(descriptor, sha256, entry.size, version, path)
     except (FileNotFoundError, UnicodeDecodeError):
@@ -156,10 +157,10 @@ def make_room(directory: Path, size: int, *, all_of_it: bool = False) -> None:
     files = list(_files(directory))
     used = sum(found[1] for found in files)
     limit = 0 if all_of_it else _limit(directory, used)
-    for changed, bytes_there, path in sorted(files):
+    for last_used, bytes_there, path in sorted(files):
         if used + size <= limit:
             return
-        if path.suffix == ".part" and not (time.time() - changed > _ABANDONED or all_of_it):
+        if path.suffix == ".part" and not (time.time() - last_used > _ABANDONED or all_of_it):
             continue
         if path.suffix == ".part":
             with suppress(OSError), open(path, "rb") as file:
@@ -177,7 +178,7 @@ def _files(directory: Path) -> Iterator[tuple[float, int, Path]]:
             if not one.name.endswith(".sha256"):
                 with suppress(FileNotFoundError):  # another process makes room, too
                     status = one.stat()
-                    yield status.st_mtime, status.st_size, Path(one.path)
+                    yield max(status.st_atime, status.st_mtime), status.st_size, Path(one.path)
 
 
 @contextmanager
