@@ -107,7 +107,8 @@ def main() -> None:
         heavy = made.random_model(directory / "mobilenet", "torchvision:mobilenet_v3_small", made.IMAGENET)
         teacher = made.bundled_teacher(directory)
         small = corpus(directory / "garments", garments, shards=12, rows=250 * scale, bad_every=50)
-        large = corpus(directory / "photos", made.photos(256), shards=12, rows=60 * scale, bad_every=0)
+        photos = made.photos(1150 * scale)  # each once: what repeats compresses otherwise than a corpus does
+        large = corpus(directory / "photos", photos, shards=12, rows=60 * scale, bad_every=0)
         cases = [
             ("10 classes, 28 px", teacher, small, "dense"),
             ("10 classes, 28 px", teacher, small, "topk:5"),

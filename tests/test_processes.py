@@ -6,11 +6,14 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+import pytest
 from conftest import REPOSITORY, Cli
 
+from pseudolabel.engines.local import LocalEngine
 from pseudolabel.forkserver import fork_server
 
 FORWARD_PASSES = """
@@ -61,3 +64,31 @@ def test_a_temporary_directory_too_long_for_sockets_is_no_obstacle(
     options = ("--teacher", f"checkpoint:{teacher_dir}", "--out", "store", "--workers", 2)
     result, _ = cli("annotate", corpus / "unlabeled", *options, env={"TMPDIR": str(long)})
     assert result["parts_written"] == 3
+
+
+UNGUARDED = """
+import sys
+from pseudolabel.engines.local import LocalEngine
+print(list(LocalEngine("cpu", 2).map(print, [1, 2])))
+"""
+
+
+def test_a_script_that_starts_workers_while_it_is_imported_is_told(tmp_path: Path):
+    """Workers import the script, too."""
+    (tmp_path / "script.py").write_text(UNGUARDED)
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run([sys.executable, tmp_path / "script.py"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert 'what starts workers belongs under if __name__ == "__main__":' in done.stderr
+
+
+def _environment(items: Iterator[str], device: str) -> Iterator[str]:
+    for name in items:
+        yield os.environ.get(name, "unset")
+
+
+def test_workers_have_the_environment_of_now(monkeypatch: pytest.MonkeyPatch):
+    """Not that of when the server was started: credentials may have come since."""
+    fork_server()
+    monkeypatch.setenv("A_KEY_OF_NOW", "here")
+    assert list(LocalEngine("cpu", 2).map(_environment, ["A_KEY_OF_NOW", "A_KEY_OF_NOW"])) == ["here", "here"]

@@ -135,8 +135,13 @@ def _serve(
                 asking.pop(ready, None)
                 if (index := results.pop(ready, None)) is not None:  # the pipe closed without the word that all is done
                     processes[index].join(10)
+                    if (code := processes[index].exitcode) == 1:
+                        raise WorkerDied(
+                            f"worker {index} could not start; what it wrote to stderr says why\n"
+                            'in a script of your own, what starts workers belongs under if __name__ == "__main__":'
+                        ) from None
                     raise WorkerDied(
-                        f"worker {index} ended with exit code {processes[index].exitcode} (killed, or out of memory?)\n"
+                        f"worker {index} ended with exit code {code} (killed, or out of memory?)\n"
                         "run the same command again: finished shards are kept; fewer --workers or a "
                         "smaller --batch-size need less memory"
                     ) from None
