@@ -7,7 +7,7 @@ and few, divided by the shards between them; what a command asks once, whatever 
 PUT and LIST are what storages charge most for; DELETE is free at most of them.
 
     annotate            shards and store at URLs, an empty spool
-    annotate again      all parts there, footers known from log/footers.parquet or not
+    annotate again      all parts there; their footers are read, or known from log/footers.parquet
     inspect, verify     the store alone; verify with the shards at hand, an empty spool
     train, an epoch     one epoch from the cached labels, an empty spool
 """
@@ -87,7 +87,6 @@ def commands(url: str, labeled: str, teacher: str, count: int) -> dict[str, Call
     return {
         "annotate": lambda: annotate(shards, teacher, out, engine=engine),
         "annotate again": lambda: annotate(shards, teacher, out, engine=engine),
-        "keep footers": lambda: footers.read_footers(open_store(out), keep=True),
         "annotate again, known footers": lambda: annotate(shards, teacher, out, engine=engine),
         "inspect": lambda: summarize_store(open_store(out)),
         "verify": lambda: verify(open_store(out)),
@@ -99,8 +98,8 @@ def commands(url: str, labeled: str, teacher: str, count: int) -> dict[str, Call
 def main() -> None:
     arguments = setup.parse_arguments(__doc__, device=False)
     torch.set_num_threads(1)
-    footers.WORTH_IT = 1  # so few are kept otherwise only when there are more of them
-    few, many = (10, 30) if arguments.quick else (20, 120)
+    footers.WORTH_IT = 1  # footers are kept otherwise only when there are a hundred new ones
+    few, many = (10, 20) if arguments.quick else (10, 90)
     report = setup.Report("requests", {"shards": f"{few} and {many}"})
     with tempfile.TemporaryDirectory() as scratch, server() as counted:
         directory = Path(scratch)
