@@ -15,6 +15,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import time
+import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -23,12 +25,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 from pseudolabel.errors import LaunchError, WorkerDied
 from pseudolabel.world import ALONE, World
 
 _TIMEOUT = timedelta(minutes=30)  # for one answer of the others; the longest wait is for the slowest to check its input
+_JOIN_SECONDS = 600.0
 _STORE_TIMEOUT = timedelta(seconds=5)
+_PREFIX = "pseudolabel"
+_start = ""  # names this start of all processes, once they have joined
 State = tuple[dict[str, Any], dict[str, dict[str, Tensor]]]
 
 
@@ -164,16 +170,20 @@ def joined(world: World, device: torch.device) -> Iterator[Team]:
     if world.size == 1:
         yield team
         return
+    global _start
     if device.type == "cuda":
         torch.cuda.set_device(device)
     try:
+        store, _, _ = next(rendezvous("env://", timeout=_TIMEOUT))
+        _start = _meet(store, world)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "cpu:gloo",
+            store=dist.PrefixStore(f"{_PREFIX}/{_start}", store),  # type: ignore[attr-defined]
             timeout=_TIMEOUT,
             rank=world.rank,
             world_size=world.size,
         )
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, TimeoutError) as error:
         why = (str(error) or type(error).__name__).splitlines()[0]
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise LaunchError(
@@ -186,11 +196,46 @@ def joined(world: World, device: torch.device) -> Iterator[Team]:
     dist.destroy_process_group()
 
 
+def _meet(store: Any, world: World) -> str:
+    """Wait for all processes, and agree on a name for this start of them.
+
+    `torchrun` keeps one store over restarts, counts them on each machine for itself, and leaves in it where the
+    processes of the last start could be reached, which the next would try (pytorch/pytorch#135712). So each process
+    asks under a name that was never used, and only a process 0 that lives can answer.
+    """
+    mine, until = uuid.uuid4().hex, time.monotonic() + _JOIN_SECONDS
+
+    def there(key: str) -> bool:
+        if time.monotonic() > until:
+            raise TimeoutError(f"not all have come within {_JOIN_SECONDS / 60:.0f} minutes")
+        return bool(store.check([f"{_PREFIX}/{key}"]))
+
+    def read(key: str) -> str:
+        return str(store.get(f"{_PREFIX}/{key}").decode())
+
+    if not world.first:
+        store.set(f"{_PREFIX}/asking/{world.rank}", mine)
+        while not there(f"answer/{mine}"):
+            time.sleep(0.02)
+        start = read(f"answer/{mine}")
+        store.set(f"{_PREFIX}/{start}/came/{world.rank}", "")
+        return start
+    missing = list(range(1, world.size))
+    while missing:
+        for rank in missing:
+            if there(f"asking/{rank}"):
+                store.set(f"{_PREFIX}/answer/{read(f'asking/{rank}')}", mine)
+        time.sleep(0.02)
+        missing = [rank for rank in missing if not there(f"{mine}/came/{rank}")]
+    return mine
+
+
 def first_to_fail() -> bool:
     """Whether no other of the processes that were started together has asked this before: one tells why they all end.
 
     Asks the store that `torchrun` keeps, which no process takes with it. Without an answer each tells for itself.
     """
+    start = _start or f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     try:
         store = dist.TCPStore(  # type: ignore[attr-defined]
             os.environ["MASTER_ADDR"],
@@ -199,7 +244,7 @@ def first_to_fail() -> bool:
             timeout=_STORE_TIMEOUT,
             wait_for_workers=False,
         )
-        return int(store.add(f"pseudolabel/failed/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", 1)) == 1
+        return int(store.add(f"{_PREFIX}/{start}/failed", 1)) == 1
     except (RuntimeError, KeyError, ValueError):
         return True
 

@@ -43,6 +43,12 @@ def started_together() -> bool:
     return "LOCAL_RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
 
 
+def starts_again() -> bool:
+    """Whether `torchrun` has restarts left, should this process fail: its end is then not the command's."""
+    used, most = (os.environ.get(f"TORCHELASTIC_{name}", "0") for name in ("RESTART_COUNT", "MAX_RESTARTS"))
+    return started_together() and used.isdecimal() and most.isdecimal() and int(used) < int(most)
+
+
 def world_from_environment() -> World:
     """What the launcher says. Raises `LaunchError` if it says half of it."""
     if os.environ.get("WORLD_SIZE", "1") == "1":

@@ -18,7 +18,7 @@ import typer
 
 from pseudolabel.allocator import keep_freed_memory
 from pseudolabel.errors import LaunchError, PseudolabelError
-from pseudolabel.world import started_together
+from pseudolabel.world import started_together, starts_again
 
 _OPEN_FILES = 1 << 16
 _TOGETHER = ("train",)  # what several processes can do together
@@ -118,7 +118,7 @@ def _flush_stdout() -> None:
 
 
 def _tell(kind: str, message: str, *, as_json: bool) -> None:
-    if as_json:
+    if as_json and not starts_again():  # stdout has one object, of the command's end
         print(json.dumps({"error": {"kind": kind, "message": message}}))
     else:
         print(f"error: {message}", file=sys.stderr)
