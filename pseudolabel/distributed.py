@@ -79,7 +79,7 @@ class Team:
         if different:
             raise LaunchError(
                 f"process {self.world.rank} has other {' and '.join(different)} than process 0\ngive all the same "
-                "command, the same version of this package, and the same files at the same paths"
+                "command and the same files"
             )
 
     def sums(self, *numbers: int) -> tuple[int, ...]:

@@ -92,7 +92,7 @@ def train(
         raise LabelError("alpha 0 leaves out the soft labels and labeled fraction 0 the labels: nothing to learn from")
     steps = _number_of_steps(settings, data)
     identity = _identity(settings, data, validation, names)
-    team.check_same({**identity, "--out": str(out)})
+    team.check_same(identity)
     run = RunDirectory(storage.local_path(out), "train", identity)
     with _threads(threads, device), _claimed(run, team):
         loop = TrainingLoop(settings, card, data, validation, run, steps, torch.device(device), workers, team)
