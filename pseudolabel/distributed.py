@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
 from pseudolabel.errors import LaunchError, WorkerDied
+from pseudolabel.processes import end_with_launcher
 from pseudolabel.world import ALONE, World
 
 _TIMEOUT = timedelta(minutes=30)  # for one answer of the others; the longest wait is for the slowest to check its input
@@ -158,7 +159,7 @@ class Team:
 
 @contextlib.contextmanager
 def joined(world: World, device: torch.device) -> Iterator[Team]:
-    """Join the other processes; at the end all leave together.
+    """Join the other processes; at the end all leave together. From here on this process ends with its launcher.
 
     After an exception nothing is torn down, for that may wait for those that are gone: the process should end.
 
@@ -171,6 +172,7 @@ def joined(world: World, device: torch.device) -> Iterator[Team]:
         yield team
         return
     global _start
+    end_with_launcher()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     try:

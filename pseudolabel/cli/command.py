@@ -117,9 +117,13 @@ def _flush_stdout() -> None:
         raise typer.Exit(1) from None
 
 
+def _print_error(kind: str, message: str) -> None:
+    print(json.dumps({"error": {"kind": kind, "message": message}}))
+
+
 def _tell(kind: str, message: str, *, as_json: bool) -> None:
     if as_json and not starts_again():  # stdout has one object, of the command's end
-        print(json.dumps({"error": {"kind": kind, "message": message}}))
+        _print_error(kind, message)
     else:
         print(f"error: {message}", file=sys.stderr)
 
@@ -184,7 +188,7 @@ def command(function: Callable[..., Mapping[str, Any] | None]) -> Callable[..., 
             message = "interrupted; the same command goes on from here"
             print(message, file=sys.stderr)
             if as_json:
-                _tell("Interrupted", message, as_json=True)
+                _print_error("Interrupted", message)
             _leave(130)
         failed = bool(result and result.get("ok") is False)
         if as_json and result is not None:
