@@ -76,7 +76,8 @@ class Variant:
         with torch.no_grad():
             logits_BC = self._teacher.logits((batch.pixels_BCHW[-count:],))
         targets = StoredTargets(Dense(), {"logits": logits_BC, "pred": logits_BC.argmax(-1)})
-        return replace(batch, targets=targets, soft_weight_B=torch.ones(count, device=self._device))
+        weights = torch.ones(count, device=self._device)
+        return replace(batch, targets=targets, soft_weight_B=weights, num_soft=count)
 
 
 def make_variants(scratch: Path, teacher: str, device: str, *, quick: bool) -> dict[str, Variant]:

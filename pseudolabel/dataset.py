@@ -1,7 +1,7 @@
 """Training batches: labeled rows, and unlabeled rows joined to their cached soft labels.
 
 A batch is a pure function of its step, so any process can make any batch, and a resumed run sees what an
-undisturbed one would have seen.
+undisturbed one would have seen. Each row is augmented from a seed of its own, so any process can make any rows of it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,22 +22,29 @@ from pseudolabel.inputs import TrainingData, TrainingShard, join, read_label
 from pseudolabel.labels.encodings import StoredTargets, parse_encoding
 from pseudolabel.labels.store import Store
 from pseudolabel.losses import NO_LABEL
-from pseudolabel.order import WINDOW_SHARDS, RowOrder
+from pseudolabel.order import WINDOW_SHARDS, RowOrder, derive_seeds
 from pseudolabel.settings import AugmentSettings
 from pseudolabel.shards import ShardFile
 from pseudolabel.views.image import Preprocessing, UndecodableImage, decode, image_field, to_channels
+from pseudolabel.world import ALONE, World
 
 _OPEN_SHARDS = 2 * WINDOW_SHARDS
 
 
 @dataclass(frozen=True)
 class Batch:
-    """uint8 pixels (B, channels, H, W), labels (B,) or `NO_LABEL`; soft labels and weights of the last rows."""
+    """uint8 pixels (B, channels, H, W), labels (B,) or `NO_LABEL`; soft labels and weights of the last rows.
+
+    `num_labeled` and `num_soft` count rows with a label and with a soft label in the whole batch, of which these may
+    be one process's share.
+    """
 
     pixels_BCHW: Tensor
     labels_B: Tensor
     targets: StoredTargets | None
     soft_weight_B: Tensor | None
+    num_labeled: int
+    num_soft: int
 
     def pin_memory(self) -> Batch:
         """In page-locked memory, from where copies to a GPU overlap with its work. The loader calls it."""
@@ -53,6 +59,8 @@ class Batch:
             change(self.labels_B),
             self.targets.map(change) if self.targets is not None else None,
             change(self.soft_weight_B) if self.soft_weight_B is not None else None,
+            self.num_labeled,
+            self.num_soft,
         )
 
 
@@ -107,10 +115,16 @@ class _Rows:
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
 
     def take(
-        self, start: int, count: int, prepare: Callable[[Tensor], Tensor]
+        self, start: int, count: int, mine: range, prepare: Callable[[Tensor], Tensor]
     ) -> tuple[list[Tensor], Tensor, dict[str, Tensor]]:
-        """Prepared images, labels (count,) and the stored columns, each (count, …), of `count` rows of the order."""
+        """Of `count` rows of the order those that are `mine`: prepared images, labels (N,) and the stored columns,
+        each (N, …).
+        """
         pairs = self._order.rows(start, count)
+        if not mine:
+            opened = self._get(int(pairs[0, 0]))
+            return [], opened.labels[:0], {name: values[:0] for name, values in opened.columns.items()}
+        pairs = pairs[mine.start :: mine.step]
         images = [self._get(shard).image(row, prepare) for shard, row in pairs.tolist()]
         order = pairs[:, 0].argsort(kind="stable")  # shard by shard, then back into place
         shards, starts = np.unique(pairs[order, 0], return_index=True)
@@ -135,7 +149,8 @@ class _Rows:
 
 
 class TrainingBatches(Dataset[Batch]):
-    """Batch number `step` of a training run: a fixed number of labeled rows, then pseudo-labeled ones.
+    """Batch number `step` of a training run: a fixed number of labeled rows, then pseudo-labeled ones; of these rows,
+    the share of process `world`.
 
     Pickles before its first use, so loader processes open their own shards.
     """
@@ -150,50 +165,62 @@ class TrainingBatches(Dataset[Batch]):
         labeled_fraction: float,
         seed: int,
         steps: int,
+        world: World = ALONE,
     ) -> None:
         self._data, self._preprocessing, self._seed, self._steps = data, preprocessing, seed, steps
+        self._world = world
         self._augment, self._resized = make_augment(augment, preprocessing), augment.crop == "resized"
         self.num_labeled, self.num_pseudo = split_batch(
             batch_size, labeled_fraction, has_labeled=bool(data.labeled), has_pseudo=bool(data.unlabeled)
         )
-        self._streams: list[tuple[_Rows | None, int]] | None = None
+        self._streams: list[tuple[_Rows, int]] | None = None
 
     def __len__(self) -> int:
         return self._steps
 
     def __getitem__(self, step: int) -> Batch:
-        taken = [
-            stream.take(step * count, count, self._prepare) for stream, count in self._open() if stream is not None
-        ]
+        taken, seeds, before = [], [], 0
+        row_seeds = derive_seeds(self.num_labeled + self.num_pseudo, self._seed, 3, step)
+        for stream, count in self._open():
+            mine = self._world.share(count, before)
+            taken.append(stream.take(step * count, count, mine, self._prepare))
+            seeds += row_seeds[before : before + count][mine.start :: mine.step]
+            before += count
+        images = [image for found, _, _ in taken for image in found]
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(_mix(self._seed, 3, step))
-            pixels_BCHW = torch.stack([self._augment(image) for images, _, _ in taken for image in images])
+            pixels_BCHW = torch.stack([self._augmented(*pair) for pair in zip(images, seeds, strict=True)])
         labels_B = torch.cat([labels for _, labels, _ in taken])
-        soft = [columns for _, _, columns in taken if columns]
+        soft = [(columns, count) for (_, _, columns), (_, count) in zip(taken, self._open(), strict=True) if columns]
         if not soft:
-            return Batch(pixels_BCHW, labels_B, None, None)
+            return Batch(pixels_BCHW, labels_B, None, None, self.num_labeled, 0)
         assert self._data.store is not None
         encoding = parse_encoding(self._data.store.identity.encoding)
-        targets = StoredTargets(encoding, {name: torch.cat([columns[name] for columns in soft]) for name in soft[0]})
-        return Batch(pixels_BCHW, labels_B, targets, torch.ones(len(targets)))
+        columns = {name: torch.cat([columns[name] for columns, _ in soft]) for name in soft[0][0]}
+        targets, num_soft = StoredTargets(encoding, columns), sum(count for _, count in soft)
+        return Batch(pixels_BCHW, labels_B, targets, torch.ones(len(targets)), self.num_labeled, num_soft)
 
-    def _open(self) -> list[tuple[_Rows | None, int]]:
+    def _augmented(self, image_CHW: Tensor, seed: int) -> Tensor:
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed takes a hundred times as long
+        augmented: Tensor = self._augment(image_CHW)
+        return augmented
+
+    def _open(self) -> list[tuple[_Rows, int]]:
+        """The streams of rows that batches are made of, and how many rows each gives."""
         if self._streams is None:
-            data = self._data
-            options: dict[str, Any] = {"store": data.store, "num_classes": data.num_classes}
+            kinds = [(self._data.labeled, True, 1, self.num_labeled), (self._data.unlabeled, False, 2, self.num_pseudo)]
             self._streams = [
                 (
-                    _Rows(data.labeled, labeled=True, seed=_mix(self._seed, 1), **options)
-                    if self.num_labeled
-                    else None,
-                    self.num_labeled,
-                ),
-                (
-                    _Rows(data.unlabeled, labeled=False, seed=_mix(self._seed, 2), **options)
-                    if self.num_pseudo
-                    else None,
-                    self.num_pseudo,
-                ),
+                    _Rows(
+                        sources,
+                        self._data.store,
+                        labeled=labeled,
+                        num_classes=self._data.num_classes,
+                        seed=derive_seeds(1, self._seed, number)[0],
+                    ),
+                    count,
+                )
+                for sources, labeled, number, count in kinds
+                if count
             ]
         return self._streams
 
@@ -244,7 +271,3 @@ def make_augment(settings: AugmentSettings, preprocessing: Preprocessing) -> v2.
     if settings.erasing:
         steps.append(v2.RandomErasing(settings.erasing, scale=(0.02, 0.2)))
     return v2.Compose(steps or [torch.nn.Identity()])
-
-
-def _mix(*numbers: int) -> int:
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)

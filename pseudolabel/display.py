@@ -34,6 +34,7 @@ class Display:
 
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
         self._live: Progress | None = None
+        self._training = False
         self._task: TaskID | None = None
         self._started = self._said = time.monotonic()
         self._samples = self._bytes = self._total_bytes = self._shards = 0
@@ -83,13 +84,14 @@ class Display:
 
     def training(self, progress: TrainProgress) -> None:
         """Told every few steps."""
-        if self._task is None and self._live is None:
+        if not self._training:
             if progress.steps < _FEW_STEPS:
                 self.say(
                     f"note: {progress.steps} steps in all are few to learn from; a smaller --batch-size or more "
                     "--epochs or --steps give more"
                 )
             self._open(progress.steps, "steps")
+            self._training = True
         val = f", val accuracy {progress.val_accuracy:.4f}" if progress.val_accuracy is not None else ""
         text = f"loss {progress.loss:.4f}{val}, {progress.samples_per_second:,.0f} samples/s"
         self._advance(progress.step, text, absolute=True, total=progress.steps, say=bool(val))
@@ -136,6 +138,7 @@ class Display:
         if self._live is not None:
             self._live.stop()
         self._live = self._task = None
+        self._training = False
 
 
 def print_pairs(values: Mapping[str, Any], file: Any) -> None:

@@ -71,6 +71,10 @@ class WorkerDied(PseudolabelError):
     """A worker process ended without finishing its work."""
 
 
+class LaunchError(PseudolabelError):
+    """Processes that were started together can't work together like this."""
+
+
 class OutOfMemory(PseudolabelError):
     """The device's memory is too small for the batch."""
 

@@ -68,25 +68,33 @@ class Mixture:
         labels_B: Tensor,
         targets: SoftTargets | None,
         soft_weight_B: Tensor | None = None,
+        *,
+        num_labeled: int | None = None,
+        num_soft: int | None = None,
     ) -> Tensor:
         """Scalar L. Rows whose label is `NO_LABEL` take no part in CE. `targets` are the soft labels of the *last*
         rows of the batch, with weights.
 
-        Without `targets` it is plain CE, whatever α.
+        Without `targets` it is plain CE, whatever α. Where the rows are a share of a larger batch, `num_labeled` and
+        `num_soft` count that batch's rows with a label and with a soft label: the shares' losses, and so their
+        gradients, add up to the batch's.
         """
         student_logits_BC = _wide(student_logits_BC)
-        ce = cross_entropy(student_logits_BC, labels_B)
+        ce = cross_entropy(student_logits_BC, labels_B, num_labeled)
         if targets is None:
             return ce
         assert soft_weight_B is not None
-        soft_B = parse_loss(self.loss)(student_logits_BC[-len(soft_weight_B) :], targets, self.temperature)
-        soft = (soft_B * soft_weight_B).mean()
+        first_soft = len(student_logits_BC) - len(soft_weight_B)
+        soft_B = parse_loss(self.loss)(student_logits_BC[first_soft:], targets, self.temperature)
+        soft = (soft_B * soft_weight_B).sum() / (len(soft_weight_B) if num_soft is None else num_soft)
         return (1 - self.alpha) * ce + self.alpha * soft
 
 
-def cross_entropy(logits_BC: Tensor, labels_B: Tensor) -> Tensor:
-    """Mean CE over the rows that have a label; 0 if none has."""
+def cross_entropy(logits_BC: Tensor, labels_B: Tensor, num_labeled: int | None = None) -> Tensor:
+    """CE summed over the rows that have a label, divided by their number or by `num_labeled`; 0 if none has."""
     total = F.cross_entropy(logits_BC, labels_B, ignore_index=NO_LABEL, reduction="sum")
+    if num_labeled is not None:
+        return total / max(num_labeled, 1)
     return total / (labels_B != NO_LABEL).sum().clamp(min=1)
 
 

@@ -83,3 +83,8 @@ class RowOrder:
             while len(self._permuted) > _KEPT_WINDOWS:
                 self._permuted.popitem(last=False)
         return kept
+
+
+def derive_seeds(count: int, *numbers: int) -> list[int]:
+    """`count` seeds of 63 bits that follow from numbers from 0, each as if drawn for itself."""
+    return [int(state >> 1) for state in np.random.SeedSequence(numbers).generate_state(count, np.uint64)]

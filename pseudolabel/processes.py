@@ -1,4 +1,4 @@
-"""Child processes that don't outlive their parent, however it ends."""
+"""Processes that don't outlive their parent, however it ends."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
 from functools import partial
 
@@ -52,6 +53,19 @@ def become_helper() -> None:
     torch.set_num_threads(1)
     keep_freed_memory()
     end_with_parent()
+
+
+def end_with_launcher() -> None:
+    """In a process that a launcher such as `torchrun` started: end at once when the launcher is gone. It would train
+    on, keep its run directory, and the launcher's next start would be refused there.
+    """
+    threading.Thread(target=_watch_and_end, args=(os.getppid(),), daemon=True).start()
+
+
+def _watch_and_end(launcher: int) -> None:
+    while os.getppid() == launcher:
+        time.sleep(0.5)
+    os._exit(1)
 
 
 def _wait_and_end() -> None:

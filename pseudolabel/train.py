@@ -2,7 +2,7 @@
 
 No teacher is loaded: its soft labels are read from the store beside the images. A run directory is complete when its
 run.json exists; until then the same command goes on from checkpoint/, on a CPU to the same weights, bit for bit, as
-if never interrupted (with the same number of threads).
+if never interrupted (with the same number of threads and processes).
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ import torch
 from pseudolabel import storage
 from pseudolabel.checkpoint import ModelCard, save_model
 from pseudolabel.dataset import TrainingBatches
-from pseudolabel.errors import LabelError
+from pseudolabel.distributed import Team
+from pseudolabel.errors import LabelError, LaunchError
 from pseudolabel.inputs import TrainingData, TrainingShard, check_names, gather
 from pseudolabel.labels.store import Store, open_store
 from pseudolabel.loop import TrainingLoop, TrainProgress
@@ -60,6 +61,7 @@ def train(
     threads: int | None = None,
     overwrite: bool = False,
     on_progress: Callable[[TrainProgress], None] | None = None,
+    team: Team | None = None,
 ) -> TrainResult:
     """Train a student into the run directory `out`, or go on with the training that was interrupted there.
 
@@ -67,40 +69,66 @@ def train(
     if they were annotated into it, too). Class names come from `classes`, the store, or the classes.txt beside the
     labeled shards; without any, `num_classes` or the largest label says how many there are. `workers` load batches in
     processes of their own; `threads` of the CPU train (None leaves torch's setting). Neither changes what is learned,
-    but for the last bits that another number of threads may change.
+    but for the last bits that another number of threads may change. Each process of a `team` (see `joined`) calls this
+    with the same arguments but its own device, and gets the same result.
 
     Raises:
         StoreMismatch: shards differ from what was annotated, or the label spaces differ.
         LabelError: a label is missing or out of range.
         OutputExists: `out` holds a run with other settings or data.
+        LaunchError: the processes of a team have different inputs, or are too many for the batch.
         Diverged: the loss is no longer finite.
     """
     started = time.monotonic()
+    team = team or Team()
+    _check_shares(settings, team)
     store = open_store(store) if isinstance(store, (str, os.PathLike)) else store
     val = as_shards(val)
     data, names = gather(as_shards(labeled), as_shards(unlabeled), store, classes, num_classes)
     card = ModelCard(settings.student, names, preprocessing_of(settings))
     check_names(val, names)
-    validation = Validation(val, card.preprocessing, len(names), device) if val else None
+    validation = Validation(val, card.preprocessing, len(names), device, team) if val else None
     if store is not None and settings.alpha == 0 and settings.labeled_fraction == 0:
         raise LabelError("alpha 0 leaves out the soft labels and labeled fraction 0 the labels: nothing to learn from")
     steps = _number_of_steps(settings, data)
     identity = _identity(settings, data, validation, names)
+    team.check_same(identity)
     with storage.mirrored(storage.location(out)) as mirror:
         run = RunDirectory(mirror, "train", identity)
-        run.check_place()
-        with _threads(threads, device), storage.held(run.path):
-            loop = TrainingLoop(settings, card, data, validation, run, steps, torch.device(device), workers)
-            if (finished := run.start(overwrite=overwrite)) is not None:
+        with _threads(threads, device), _claimed(run, team):
+            loop = TrainingLoop(settings, card, data, validation, run, steps, torch.device(device), workers, team)
+            if (finished := team.from_first(run.start(overwrite=overwrite) if team.world.first else None)) is not None:
                 return TrainResult(**{**finished["result"], "run": storage.shown(os.fspath(out))})
-            run.write_settings(settings.model_dump(mode="json", exclude_none=True))
+            if team.world.first:
+                run.write_settings(settings.model_dump(mode="json", exclude_none=True))
             best_step, accuracy, earlier = loop.run_to_the_end(on_progress)
-            save_model(run.path, card, loop.best_body())
-        parameters = sum(parameter.numel() for parameter in loop.body.parameters())
-        seconds = round(earlier + time.monotonic() - started, 3)
-        result = TrainResult(storage.shown(os.fspath(out)), steps, seconds, accuracy, best_step, parameters)
-        run.finish({"result": dataclasses.asdict(result), "metrics": {"val_accuracy": accuracy}})
+            parameters = sum(parameter.numel() for parameter in loop.body.parameters())
+            seconds = round(earlier + time.monotonic() - started, 3)
+            result = TrainResult(storage.shown(os.fspath(out)), steps, seconds, accuracy, best_step, parameters)
+            if team.world.first:
+                save_model(run.path, card, loop.best_body())
+                run.finish({"result": dataclasses.asdict(result), "metrics": {"val_accuracy": accuracy}})
         return result
+
+
+@contextlib.contextmanager
+def _claimed(run: RunDirectory, team: Team) -> Iterator[None]:
+    """The run directory held by process 0, the only one that reads and writes in it."""
+    if not team.world.first:
+        yield
+        return
+    run.check_place()
+    with storage.held(run.path):
+        yield
+
+
+def _check_shares(settings: TrainSettings, team: Team) -> None:
+    """Two rows each, as many as one process needs: batch norms of a single row would fail."""
+    if settings.batch_size < 2 * team.world.size:
+        raise LaunchError(
+            f"--batch-size {settings.batch_size} is for all {team.world.size} processes together, and each needs 2 "
+            f"rows; make it {2 * team.world.size} or more, or start fewer processes"
+        )
 
 
 def preprocessing_of(settings: TrainSettings) -> Preprocessing:

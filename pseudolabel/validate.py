@@ -1,4 +1,6 @@
-"""Accuracy on a validation set during training: decoded once if it is small, streamed if not."""
+"""Accuracy on a validation set during training: decoded once if it is small, streamed if not. Processes that train
+together divide its shards.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pseudolabel.decoding import Decoding, ShardEnd, ahead, decode_shards
+from pseudolabel.distributed import Team
 from pseudolabel.errors import DamagedShard, LabelError
 from pseudolabel.inputs import check_labeled
 from pseudolabel.shard_lists import Shard
@@ -23,19 +26,22 @@ class Validation:
     used.
     """
 
-    def __init__(self, shards: Sequence[Shard], preprocessing: Preprocessing, num_classes: int, device: str) -> None:
+    def __init__(
+        self, shards: Sequence[Shard], preprocessing: Preprocessing, num_classes: int, device: str, team: Team
+    ) -> None:
         checked, _ = check_labeled(shards, num_classes)
         self.sha256 = hashlib.sha256(
             "\n".join(f"{one.shard.name} {one.sha256}" for one in checked).encode()
         ).hexdigest()
-        self._shards, self._preprocessing, self._device = list(shards), preprocessing, torch.device(device)
+        self._shards = list(shards)[team.world.rank :: team.world.size]
+        self._preprocessing, self._device, self._team = preprocessing, torch.device(device), team
         rows = sum(one.rows for one in checked)
         small = rows * preprocessing.channels * preprocessing.crop**2 <= _KEPT_BYTES
         self._kept = list(self._decoded()) if small else None
 
     def accuracy(self, model: nn.Module) -> float:
         """Share of samples whose class the model gets right; `model` maps uint8 pixels to logits and is left in its
-        mode.
+        mode. All processes get the same answer, to the sample.
         """
         was_training = model.training
         model.eval()
@@ -46,6 +52,7 @@ class Validation:
                 right += int((logits_BC.argmax(-1).cpu() == labels_B).sum())
                 total += len(labels_B)
         model.train(was_training)
+        right, total = self._team.sums(right, total)
         return right / total
 
     def _decoded(self) -> Iterator[tuple[Tensor, Tensor]]:

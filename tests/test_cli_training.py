@@ -144,6 +144,13 @@ def test_a_recipe_without_a_train_table_is_refused(
     refuse(*command, kind="RecipeError", said=f"^{tmp_path / 'recipe.toml'}(.|\n)*{said}")
 
 
+def test_a_short_training_is_remarked_upon_once(tmp_path: Path, corpus: Path, invoke: Invoke) -> None:
+    """Without a terminal it was said again with every line of progress, and progress itself never."""
+    train = ("train", "--out", tmp_path / "run", "--labeled", corpus / "labeled", *FEW)
+    _, _, err = invoke(*train, "--steps", 4, "--eval-every", 1)
+    assert err.count("note: 4 steps in all are few") == 1
+
+
 def test_evaluate_needs_a_model(tmp_path: Path, corpus: Path, refuse: Refuse) -> None:
     refuse("evaluate", corpus, corpus / "val", kind="DamagedModel", said="no model here")
     model = make_model(tmp_path / "model")

@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, Cli
+from conftest import REPOSITORY, Cli, wait_until_gone
 
 from pseudolabel.engines.local import LocalEngine
 from pseudolabel.forkserver import fork_server
@@ -54,6 +54,28 @@ def test_workers_are_forked_with_torch_imported_and_out_of_reach_of_ctrl_c():
     process.start()
     assert mine.recv() == (True, True)
     process.join()
+
+
+LAUNCHED = """
+import sys, time
+from pseudolabel.processes import end_with_launcher
+end_with_launcher()
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+def test_what_a_launcher_started_ends_with_it():
+    """torchrun was killed, its processes trained on and kept the run directory from the next start."""
+    launcher = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {LAUNCHED!r}])"
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    options = {"env": environment, "stdout": subprocess.PIPE, "text": True, "start_new_session": True}
+    process = subprocess.Popen([sys.executable, "-c", launcher], **options)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.kill()
+    process.communicate()
+    wait_until_gone(process.pid)
 
 
 def test_a_temporary_directory_too_long_for_sockets_is_no_obstacle(

@@ -9,16 +9,19 @@ import json
 import os
 import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from pseudolabel.allocator import keep_freed_memory
-from pseudolabel.errors import PseudolabelError
+from pseudolabel.errors import LaunchError, PseudolabelError
+from pseudolabel.world import started_together, starts_again
 
 _OPEN_FILES = 1 << 16
+_TOGETHER = ("train",)  # what several processes can do together
 
 app = typer.Typer(
     add_completion=False,
@@ -52,15 +55,19 @@ def _root(
 
 
 def main() -> None:
-    """Entry point: usage errors become JSON, too, if `--json` is given. A scheduler's SIGTERM ends as Ctrl-C does."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """Entry point: usage errors become JSON, too, if `--json` is given. A scheduler's SIGTERM ends as Ctrl-C does; one
+    of several processes ends without a word, as its launcher wants when another has failed.
+    """
+    together = started_together()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL if together else signal.default_int_handler)
     keep_freed_memory()
     _allow_open_files()
     warnings.showwarning = _show_warning
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal of another encoding must not cost the result
-    if "--json" not in sys.argv:
+    as_json = "--json" in sys.argv
+    if not as_json and not together:
         app()
         return
     try:
@@ -68,7 +75,8 @@ def main() -> None:
     except Exception as error:
         if not hasattr(error, "format_message"):  # a usage error of typer's, whichever click it brings
             raise
-        _print_error("UsageError", error.format_message())
+        _let_one_tell(2)
+        _tell("UsageError", error.format_message(), as_json=as_json)
         sys.exit(2)
 
 
@@ -113,6 +121,34 @@ def _print_error(kind: str, message: str) -> None:
     print(json.dumps({"error": {"kind": kind, "message": message}}))
 
 
+def _tell(kind: str, message: str, *, as_json: bool) -> None:
+    if as_json and not starts_again():  # stdout has one object, of the command's end
+        _print_error(kind, message)
+    else:
+        print(f"error: {message}", file=sys.stderr)
+
+
+def _let_one_tell(code: int) -> None:
+    """Of several processes the first to fail tells why; any other ends here."""
+    if started_together():
+        from pseudolabel.distributed import first_to_fail
+
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which the launcher sends when another has ended
+        if not first_to_fail():
+            os._exit(code)
+
+
+def _leave(code: int) -> NoReturn:
+    """One of several processes ends on the spot: to take down what joins it to others may wait for those that are
+    gone.
+    """
+    if started_together():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    raise typer.Exit(code)
+
+
 def command(function: Callable[..., Mapping[str, Any] | None]) -> Callable[..., None]:
     """Register a command. What it returns is printed by `--json`; known errors end with exit code 1, Ctrl-C with
     130.
@@ -122,33 +158,38 @@ def command(function: Callable[..., Mapping[str, Any] | None]) -> Callable[..., 
     def wrapped(*args: Any, **kwargs: Any) -> None:
         as_json = bool(kwargs.get("as_json"))
         try:
+            if started_together() and function.__name__ not in _TOGETHER:
+                raise LaunchError(
+                    f"{function.__name__.rstrip('_')} is one process, and {os.environ['WORLD_SIZE']} were started of "
+                    "it: start it without torchrun, which is for train"
+                )
             with _stdout_kept_clean() if as_json else contextlib.nullcontext():
                 result = function(*args, **kwargs)
         except PseudolabelError as error:
-            if as_json:
-                _print_error(error.kind, str(error))
-            else:
-                print(f"error: {error}", file=sys.stderr)
-            raise typer.Exit(1) from None
+            _let_one_tell(1)
+            _tell(error.kind, str(error), as_json=as_json)
+            _leave(1)
         except (SystemExit, OSError, MemoryError) as error:  # a user's code, or the machine
             if isinstance(error, BrokenPipeError):
                 raise
-            message = _outside(error)
-            if as_json:
-                _print_error(type(error).__name__, message)
-            else:
-                print(f"error: {message}", file=sys.stderr)
-            raise typer.Exit(1) from None
+            _let_one_tell(1)
+            _tell(type(error).__name__, _outside(error), as_json=as_json)
+            _leave(1)
         except Exception as error:  # not ours: the traceback is wanted, and with --json an object all the same
+            _let_one_tell(1)
             if as_json:
-                _print_error(type(error).__name__, str(error))
+                _tell(type(error).__name__, str(error), as_json=True)
+            if started_together():
+                traceback.print_exc()
+                _leave(1)
             raise
         except KeyboardInterrupt:
+            _let_one_tell(130)
             message = "interrupted; the same command goes on from here"
             print(message, file=sys.stderr)
             if as_json:
                 _print_error("Interrupted", message)
-            raise typer.Exit(130) from None
+            _leave(130)
         failed = bool(result and result.get("ok") is False)
         if as_json and result is not None:
             print(json.dumps(result))

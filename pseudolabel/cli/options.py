@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from pseudolabel.errors import RecipeError
+from pseudolabel.errors import LaunchError, RecipeError
 from pseudolabel.settings import AnnotateSettings, AugmentSettings, TrainSettings
+from pseudolabel.world import ALONE, World
 
 Shards = Annotated[list[str], typer.Argument(metavar="SHARDS...", help="directory, glob, brace range or @list.txt")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps")]
@@ -109,12 +110,36 @@ def train_settings(recipe: str | None, given: Mapping[str, Any]) -> TrainSetting
     )
 
 
-def training_place(device: str, workers: int | None, threads: int | None) -> dict[str, Any]:
+def training_place(device: str, workers: int | None, threads: int | None, world: World = ALONE) -> dict[str, Any]:
     """Where to train. On a CPU one core loads and the others train: two thread pools on the same cores can be forty
-    times slower than one."""
+    times slower than one. Processes that train together share a machine's cores evenly, and each has a GPU of its own.
+    """
     from pseudolabel.engines.local import available_cores, resolve_device
 
-    resolved, cores = resolve_device(device), available_cores()
+    resolved = _own_device(device, world) if world.size > 1 else resolve_device(device)
+    cores = max(1, available_cores() // world.local_size)
     if workers is None:
         workers = min(1 if resolved == "cpu" else 8, cores - 1)
     return {"device": resolved, "workers": workers, "threads": threads or max(1, cores - workers)}
+
+
+def _own_device(device: str, world: World) -> str:
+    """The device of one of several processes. Raises `LaunchError` if there is none for it."""
+    from pseudolabel.engines.local import resolve_device
+
+    if device not in ("auto", "cpu", "cuda"):
+        raise LaunchError(
+            f"--device {device}: several processes can't take one device; leave it out or write cpu or cuda: each then "
+            "takes the GPU of its number on its machine"
+        )
+    resolved = resolve_device(device)
+    if resolved == "cpu":
+        return resolved
+    import torch
+
+    if world.local_rank >= torch.cuda.device_count():
+        raise LaunchError(
+            f"{world.local_size} processes on this machine, but {torch.cuda.device_count()} GPUs: start one per GPU "
+            f"(torchrun --nproc-per-node {torch.cuda.device_count()}), or train with --device cpu"
+        )
+    return f"cuda:{world.local_rank}"

@@ -24,6 +24,7 @@ from pseudolabel.cli.options import (
 from pseudolabel.display import Display, print_confusion, print_pairs
 from pseudolabel.forkserver import fork_server
 from pseudolabel.settings import AugmentSettings
+from pseudolabel.world import world_from_environment
 
 
 @command
@@ -78,22 +79,28 @@ def train(
     threads: Threads = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
-) -> Mapping[str, Any]:
-    """Train a student from cached soft labels and the labeled set. Run it again to go on where it stopped."""
+) -> Mapping[str, Any] | None:
+    """Train a student from cached soft labels and the labeled set. Run it again to go on where it stopped. Started by
+    torchrun, several processes train it together.
+    """
     given = {name: value for name, value in locals().items() if value is not None}
+    world = world_from_environment()
     settings = train_settings(recipe, given)
     idle = [name for name in ("loss", "alpha", "temperature", "labeled_fraction") if name in given]
-    if labels is None and idle:
+    if labels is None and idle and world.first:
         print(f"note: without --labels, {', '.join(idle)} have no effect", file=sys.stderr)
     if workers != 0:
         fork_server()
+    import torch
+
     from pseudolabel.class_names import read_classes
+    from pseudolabel.distributed import joined
     from pseudolabel.labels.store import open_store
     from pseudolabel.shard_lists import list_shards
     from pseudolabel.train import train
 
-    place = training_place(device, workers, threads)
-    with Display() as display:
+    place = training_place(device, workers, threads, world)
+    with Display() as display, joined(world, torch.device(place["device"])) as team:
         result = train(
             settings,
             out,
@@ -104,9 +111,12 @@ def train(
             classes=read_classes(classes) if classes is not None else None,
             num_classes=num_classes,
             overwrite=overwrite,
-            on_progress=display.training,
+            on_progress=display.training if world.first else None,
+            team=team,
             **place,
         )
+    if not world.first:
+        return None
     print_pairs(
         {name: value for name, value in dataclasses.asdict(result).items() if value is not None}, for_people(as_json)
     )
