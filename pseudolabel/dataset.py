@@ -24,7 +24,8 @@ from pseudolabel.labels.store import Store
 from pseudolabel.losses import NO_LABEL
 from pseudolabel.order import WINDOW_SHARDS, RowOrder, derive_seeds
 from pseudolabel.settings import AugmentSettings
-from pseudolabel.shards import ShardFile
+from pseudolabel.shards import Fetcher, ShardFile
+from pseudolabel.storage import is_remote
 from pseudolabel.views.image import Preprocessing, UndecodableImage, decode, image_field, to_channels
 from pseudolabel.world import ALONE, World
 
@@ -113,6 +114,8 @@ class _Rows:
         self._sources, self._store, self._labeled, self._num_classes = sources, store, labeled, num_classes
         self._order = RowOrder([source.rows for source in sources], seed)
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._remote = any(is_remote(source.shard.path) for source in sources)
+        self._fetcher, self._windows = Fetcher(), list[list[int]]()
 
     def take(
         self, start: int, count: int, mine: range, prepare: Callable[[Tensor], Tensor]
@@ -121,6 +124,9 @@ class _Rows:
         each (N, …).
         """
         pairs = self._order.rows(start, count)
+        if self._remote and (windows := self._order.windows_from(start)) != self._windows:
+            self._windows = windows
+            self._fetcher.ask([[self._sources[shard].shard for shard in window] for window in windows])
         if not mine:
             opened = self._get(int(pairs[0, 0]))
             return [], opened.labels[:0], {name: values[:0] for name, values in opened.columns.items()}

@@ -46,6 +46,11 @@ class RowOrder:
             count -= len(piece)
         return np.concatenate(found)
 
+    def windows_from(self, start: int) -> list[list[int]]:
+        """The shards of the window that row `start` is of, and of the next window of its epoch, if there is one."""
+        window = self._window_at(*divmod(start, self.rows_per_epoch))
+        return [[int(shard) for shard in one] for one in self._windows[window : window + 2]]
+
     def _window_at(self, epoch: int, offset: int) -> int:
         if epoch != self._epoch:
             self._plan(epoch)

@@ -13,12 +13,14 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
+from queue import SimpleQueue
 from types import TracebackType
 
 from pseudolabel import storage
@@ -30,6 +32,7 @@ from pseudolabel.tar import BLOCK, Window, damaged_shard, index_samples, split_n
 __all__ = [  # what is listed and how tars are blocked lives elsewhere, and is wanted with a shard
     "BLOCK",
     "IMAGE_FIELDS",
+    "Fetcher",
     "Sample",
     "Shard",
     "ShardFile",
@@ -200,6 +203,38 @@ def fetched_ahead(
                 yield fetched()
         while waiting:
             yield fetched()
+
+
+class Fetcher:
+    """Fetches shards of an object storage beside whoever will open them, in a thread that ends with its process."""
+
+    def __init__(self) -> None:
+        self._asked: frozenset[Shard] = frozenset()
+        self._queue: SimpleQueue[Shard] | None = None
+
+    def ask(self, groups: Iterable[Sequence[Shard]]) -> None:
+        """Fetch group after group what was not asked for the last time. Processes that fetch the same begin at
+        different shards of a group.
+        """
+        asked: list[Shard] = []
+        for group in groups:
+            wanted = [shard for shard in group if storage.is_remote(shard.path)]
+            new = [shard for shard in wanted if shard not in self._asked]
+            for position in range(len(new)):
+                self._start().put(new[(position + os.getpid()) % len(new)])
+            asked += wanted
+        self._asked = frozenset(asked)
+
+    def _start(self) -> SimpleQueue[Shard]:
+        if self._queue is None:
+            self._queue = SimpleQueue()
+            threading.Thread(target=_fetch_all, args=(self._queue,), daemon=True).start()
+        return self._queue
+
+
+def _fetch_all(queue: SimpleQueue[Shard]) -> None:
+    while True:
+        _try_to_fetch(queue.get())
 
 
 def _try_to_fetch(shard: Shard) -> None:

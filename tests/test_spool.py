@@ -19,7 +19,7 @@ from pseudolabel.errors import DamagedShard, StorageError
 from pseudolabel.labeling import annotate_shard
 from pseudolabel.settings import AnnotateSettings
 from pseudolabel.shard_lists import Shard
-from pseudolabel.shards import ShardFile, fetched_ahead, shard_sha256, write_shard
+from pseudolabel.shards import Fetcher, ShardFile, fetched_ahead, shard_sha256, write_shard
 from pseudolabel.storage import remote, spool
 from pseudolabel.teachers import parse_teacher
 
@@ -189,6 +189,21 @@ def test_the_next_shard_is_fetched_while_one_is_read(server: Server) -> None:
     else:
         raise AssertionError("it isn't fetched ahead")
     assert list(ahead) == [shards[1]]
+
+
+def test_a_window_of_shards_is_fetched_beside_training_once(server: Server) -> None:
+    shards = [shard_at(server, name) for name in "abcd"]
+    fetcher = Fetcher()
+    fetcher.ask([shards[:2], shards[2:3]])
+    fetcher.ask([shards[2:3], shards[3:]])
+    pieces = sum(-(-path.stat().st_size // 1000) for path in server.directory.iterdir())
+    for _ in range(1000):
+        if len(server.asked) >= pieces:
+            break
+        time.sleep(0.01)
+    for shard in shards:
+        ShardFile(shard).close()
+    assert len(server.asked) == pieces
 
 
 def test_what_can_not_be_fetched_is_said_by_who_opens_it(server: Server, tmp_path: Path) -> None:

@@ -281,6 +281,18 @@ def test_any_piece_of_the_order_can_be_had_alone() -> None:
         assert fresh.rows(start, 1000).tolist() == whole[start : start + 1000].tolist()
 
 
+def test_the_windows_ahead_hold_the_shards_of_the_rows_ahead():
+    order = RowOrder([1000] * 500, seed=3)
+    for start in (0, 127_000, 129_000, 499_000, 777_777):
+        here, *following = order.windows_from(start)
+        assert set(order.rows(start, 500)[:, 0].tolist()) <= {
+            *here,
+            *(shard for window in following for shard in window),
+        }
+        assert order.rows(start, 1)[0, 0] in here
+        assert len(here) == 128 or start >= 384_000
+
+
 @pytest.mark.parametrize(
     ("batch_size", "fraction", "wanted"),
     [
