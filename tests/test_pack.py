@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import Refuse
 from hypothesis import given
 from hypothesis import strategies as st
 from packing import contents, image, packed, place, refused
@@ -222,3 +223,11 @@ def test_items_are_read_late(two_classes: Path) -> None:
     (two_classes / "a" / "0.png").write_bytes(b"changed since")
     read: Callable[[], tuple[str, bytes]] = next(item.read for item in source.items if item.key == "a/0")
     assert read() == ("png", b"changed since")
+
+
+def test_a_url_is_no_place_to_pack_into(tmp_path: Path, refuse: Refuse, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was taken for a directory named s3:."""
+    monkeypatch.chdir(tmp_path)
+    for command in (("pack", tmp_path, "s3://bucket/x"), ("demo", "--out", "s3://bucket/x")):
+        refuse(*command, kind="StorageError", said="must be a path on this machine; copy the files here")
+    assert list(tmp_path.iterdir()) == []

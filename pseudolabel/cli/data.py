@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -17,9 +16,9 @@ from pseudolabel.display import print_pairs
 @command
 def pack(
     source: Annotated[
-        Path, typer.Argument(help="image folder (one folder a class), .csv/.parquet of paths or bytes, or IDX file")
+        str, typer.Argument(help="image folder (one folder a class), .csv/.parquet of paths or bytes, or IDX file")
     ],
-    out: Annotated[Path, typer.Argument(help="directory to make: labeled/, unlabeled/, val/, test/")],
+    out: Annotated[str, typer.Argument(help="directory to make: labeled/, unlabeled/, val/, test/")],
     labels_per_class: Annotated[
         int | None, typer.Option(min=0, help="keep so many labels a class, the rest becomes unlabeled")
     ] = None,

@@ -57,7 +57,7 @@ def report(
 
 @command
 def demo(
-    out: Annotated[Path, typer.Option(help="directory for shards, run and page")] = Path("demo"),
+    out: Annotated[str, typer.Option(metavar="PATH", help="directory for shards, run and page")] = "demo",
     recipe: Annotated[
         str, typer.Option(help="fashion_mnist, or from_labels_alone: without a pretrained teacher")
     ] = "fashion_mnist",
@@ -80,5 +80,5 @@ def demo(
         result = demo(out, place, display, recipe=recipe, overrides=tuple(overrides or ()))
     rows = table(result)
     print_rounds(rows, for_people(as_json))
-    print(f"page: {write_report(out / 'run')}", file=for_people(as_json))
+    print(f"page: {write_report(Path(out) / 'run')}", file=for_people(as_json))
     return {**dataclasses.asdict(result), "table": rows}
