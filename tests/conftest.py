@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # before its package is imported: asking a hub that isn't reached takes a minute
+
 import numpy as np
 import pytest
 import torch

@@ -101,8 +101,8 @@ def test_where_a_directory_cannot_be_made(tmp_path: Path) -> None:
 
 
 def test_urls_are_refused_not_taken_for_paths(tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match="only local paths work in this version"):
-        list_shards("s3://bucket/x.tar")
+    with pytest.raises(StorageError, match="must be a path on this machine; copy the files here or mount the bucket"):
+        storage.local_path("s3://bucket/x.tar")
     assert storage.local_path("file:///tmp/x") == Path("/tmp/x")
 
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from pseudolabel.errors import RecipeError, StorageError
+from pseudolabel.errors import RecipeError
 from pseudolabel.recipe import Recipe, load_recipe, read_tables, validate
 from pseudolabel.settings import AnnotateSettings, TrainSettings
 
@@ -246,8 +246,6 @@ def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
 def test_a_missing_file_and_a_directory_are_refused(tmp_path: Path) -> None:
     assert "No such file or directory; check the path" in _refused(tmp_path / "no.toml")
     assert "Is a directory; check the path" in _refused(tmp_path)
-    with pytest.raises(StorageError, match="only local paths"):
-        load_recipe("s3://bucket/recipe.toml")
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from webdataset.writer import ShardWriter, TarWriter
 
 from pseudolabel.errors import DamagedShard, StorageError
 from pseudolabel.shard_lists import Shard, list_shards
-from pseudolabel.shards import ShardFile, read_samples, write_shard
+from pseudolabel.shards import ShardFile, write_shard
 from pseudolabel.tar import BLOCK
 
 # ---------------------------------------------------------------------------------- the same as through webdataset
@@ -201,8 +201,6 @@ def test_what_can_not_be_opened_is_a_storage_error(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.tar")
     with pytest.raises(StorageError, match="no regular file"):  # it waited for a writer, for ever
         ours(tmp_path / "pipe.tar")
-    with pytest.raises(StorageError, match="only local paths work"):
-        list(read_samples(Shard("a", "s3://bucket/a.tar")))
 
 
 def test_a_shard_cut_short_while_it_is_read_is_damaged(tmp_path: Path) -> None:

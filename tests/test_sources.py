@@ -129,7 +129,7 @@ def test_folders_that_are_no_data_set(tmp_path: Path) -> None:
     refused(place(tmp_path / "notes", {"notes.txt": b""}) / "notes.txt", "not an image folder")
     refused(place(tmp_path / "lines", {"two\nlines/a.png": image(0)}), "won't fit on a line of classes.txt")
     refused(place(tmp_path / "spaces", {" padded /a.png": image(0)}), "won't fit on a line of classes.txt")
-    with pytest.raises(StorageError, match="only local paths"):
+    with pytest.raises(StorageError, match="must be a path on this machine"):
         pack("s3://bucket/images", tmp_path / "out")
 
 
