@@ -27,6 +27,7 @@ from pseudolabel.plan.probe import doubling
 from pseudolabel.settings import AnnotateSettings
 from pseudolabel.shard_lists import list_shards
 from pseudolabel.shards import read_samples, write_shard
+from pseudolabel.teachers import parse_teachers
 
 MakeShard = Callable[..., Path]
 TIMES = {"seconds", "startup_seconds", "samples_per_second", "device_hours", "probe_seconds"}
@@ -72,6 +73,19 @@ def _some(count: int, *, bad_every: int = 0, start: int = 0) -> Iterator[tuple[s
 
 
 # --- bytes
+
+
+def test_members_that_are_kept_are_paid_for_in_every_row_of_the_table(tmp_path: Path, make_shard: MakeShard) -> None:
+    make_shard("s", _some(300))
+    uris = [f"checkpoint:{make_model(tmp_path / f'teacher-{seed}', classes=60, seed=seed)}" for seed in range(2)]
+    teacher, engine = parse_teachers(uris), LocalEngine("cpu", 1)
+    settings = AnnotateSettings(precision="fp32", encoding="topk:7", keep_members=True, batch_size=32)
+    found = plan(tmp_path / "shards", teacher, engine=engine, settings=settings, probe_seconds=0, label_seconds=100)
+    for row in found.encodings:
+        if row.encoding in ("topk:7", "topk:20", "dense"):
+            out, chosen = tmp_path / row.encoding, settings.model_copy(update={"encoding": row.encoding})
+            annotate(tmp_path / "shards", teacher, out, engine=engine, settings=chosen)
+            assert row.store_bytes == pytest.approx(_bytes_of(out), rel=0.02)
 
 
 @pytest.mark.parametrize(

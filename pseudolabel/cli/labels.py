@@ -51,6 +51,7 @@ def plan(
     view_policy: ViewPolicy = None,
     tta: Tta = None,
     fast_jpeg: FastJpeg = False,
+    keep_members: KeepMembers = False,
     batch_size: BatchSize = None,
     precision: AnnotatePrecision = None,
     compile_: Compile = False,

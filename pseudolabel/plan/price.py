@@ -132,14 +132,19 @@ def fit(rows: pa.Table, rows_a_part: float, metadata: Mapping[str, Any], scratch
 
 
 def _encoded(one: Labeled, encoding: Encoding) -> tuple[pa.Table, dict[str, float]]:
-    """Dense rows with `encoding`'s columns in place of the logits, and the mean KL by temperature."""
+    """Dense rows with `encoding`'s columns in place of the logits, the members' too, and the mean KL by temperature."""
     num_classes = one.info.num_classes
     if one.info.encoding == encoding.name:
         return one.rows, one.lost
-    values = one.rows[_LOGITS].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-    logits_BC = torch.tensor(values).reshape(-1, num_classes).float()
-    columns = encoding.encode(logits_BC)
-    table = one.rows.drop_columns([_LOGITS])
-    for field in encoding.fields(num_classes):
-        table = table.append_column(field, to_arrow(columns[field.name], field.type))
-    return table, fidelity(divergence(encoding, columns, logits_BC))["mean"]
+    table, lost = one.rows, dict[str, float]()
+    for name in [name for name in table.column_names if name == _LOGITS or name.endswith(f"_{_LOGITS}")]:
+        values = table[name].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        logits_BC = torch.tensor(values).reshape(-1, num_classes).float()
+        columns = encoding.encode(logits_BC)
+        table = table.drop_columns([name])
+        for field in encoding.fields(num_classes):
+            column = to_arrow(columns[field.name], field.type)
+            table = table.append_column(field.with_name(f"{name.removesuffix(_LOGITS)}{field.name}"), column)
+        if name == _LOGITS:
+            lost = fidelity(divergence(encoding, columns, logits_BC))["mean"]
+    return table, lost
