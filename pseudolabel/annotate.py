@@ -11,6 +11,7 @@ import os
 import socket
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
@@ -20,8 +21,8 @@ import torch
 from pseudolabel import storage
 from pseudolabel.batch_size import choose_batch_size
 from pseudolabel.engines import default_engine
-from pseudolabel.errors import DamagedShard, PseudolabelError, StoreMismatch, TooManyRejects
-from pseudolabel.inputs import named_beside
+from pseudolabel.errors import DamagedShard, PseudolabelError, ShardListError, SpecError, StoreMismatch, TooManyRejects
+from pseudolabel.inputs import how_classes_differ, named_beside
 from pseudolabel.interfaces import Engine, LoadedTeacher, Teacher
 from pseudolabel.labeling import AnnotateWork, Progress, annotate_shard, identify, settle
 from pseudolabel.labels import store
@@ -76,8 +77,14 @@ def annotate(
         DamagedShard: some shards are damaged; all others are done by then.
         TooManyRejects: more than `max_reject_fraction` of the samples were rejected.
     """
+    if not 0 <= max_reject_fraction <= 1:
+        raise SpecError(f"max_reject_fraction is {max_reject_fraction}; it is a share, from 0 to 1")
     shards = as_shards(shards)
+    if not shards:
+        raise ShardListError("no shards given")
     teacher = parse_teacher(teacher) if isinstance(teacher, str) else teacher
+    if not hasattr(teacher, "load"):
+        raise SpecError(f"a teacher is wanted, a spec or what parse_teachers gives, not {type(teacher).__name__}")
     engine, settings = engine or default_engine(), settings or AnnotateSettings()
     started = time.monotonic()
     devices = engine.devices()
@@ -89,7 +96,7 @@ def annotate(
     target = store.create(out, identify(loaded, settings))
     del loaded
     done = read_footers(target, {shard.name for shard in shards}, keep=True)
-    tally = _Tally(max_reject_fraction)
+    tally = _Tally(max_reject_fraction, lambda shard: _commonest_reason(target, shard))
     todo: dict[str, Shard] = {}
     for shard in shards:
         footer = done.pop(shard.name, None)
@@ -152,25 +159,32 @@ def annotate(
 class _Tally:
     """Samples and rejects so far, and the shard with the largest share of rejects."""
 
-    def __init__(self, limit: float) -> None:
-        self._limit = limit
+    def __init__(self, limit: float, reason: Callable[[str], str]) -> None:
+        self._limit, self._reason = limit, reason
         self.samples = self.rejects = 0
-        self._worst: tuple[float, int, int, str] = (0.0, 0, 0, "")
+        self._worst: tuple[float, int, int, str, str] = (0.0, 0, 0, "", "")
 
     def add(self, shard: Shard, samples: int, rejects: int) -> None:
         self.samples += samples
         self.rejects += rejects
-        self._worst = max(self._worst, (rejects / max(samples, 1), rejects, samples, shard.where))
+        self._worst = max(self._worst, (rejects / max(samples, 1), rejects, samples, shard.where, shard.name))
 
     def check(self, at_least: int = 1) -> None:
         if self.samples >= at_least and self.rejects > self._limit * self.samples:
-            _, rejects, samples, path = self._worst
+            _, rejects, samples, path, name = self._worst
             raise TooManyRejects(
                 f"{self.rejects} of {self.samples} samples were rejected, more than "
                 f"--max-reject-fraction {self._limit:g}\n"
-                f"the worst shard is {path}: {rejects} of {samples}; the reasons are in the store's rejects/\n"
-                "mend the shards, or raise the limit; finished shards are kept"
+                f"the worst shard is {path}: {rejects} of {samples}, most of them: {self._reason(name)}\n"
+                "mend what is at fault (inspect --rejects lists all), or raise the limit; finished shards are kept"
             )
+
+
+def _commonest_reason(target: store.Store, shard: str) -> str:
+    with suppress(PseudolabelError):
+        reasons = Counter(row["detail"] for row in target.read_rejects(shard).to_pylist())
+        return str(reasons.most_common(1)[0][0])[:200]
+    return "see the store's rejects/"
 
 
 def _remember(target: store.Store) -> None:
@@ -182,12 +196,13 @@ def _remember(target: store.Store) -> None:
 def _compare_classes(shards: Sequence[Shard], teacher: LoadedTeacher) -> None:
     """Warn where the corpus names other classes than the teacher has: the labels may be wanted all the same."""
     names = named_beside(shards)
-    if names is not None and len(names) != len(teacher.classes):
-        warnings.warn(
-            f"the teacher has {len(teacher.classes)} classes, the classes.txt beside the shards names {len(names)}: "
-            "train will refuse these labels for that corpus; --class-map makes one's classes of the other's",
-            stacklevel=3,
-        )
+    if names is None or not (what := how_classes_differ(names, teacher.classes)):
+        return
+    warnings.warn(
+        f"{what}: train will refuse these labels for that corpus; a class map (--class-map, or ?class_map=FILE in a "
+        "teacher's spec) makes one's classes of the other's, in any order",
+        stacklevel=3,
+    )
 
 
 def _all_damage(damage: list[DamagedShard], shards: int) -> DamagedShard:

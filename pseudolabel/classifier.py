@@ -84,6 +84,11 @@ def _num_outputs(model: nn.Module, preprocessing: Preprocessing, architecture: s
         raise SpecError(
             f"{architecture}: the model must give logits of shape (batch, classes), it gave {found} for a batch of 1"
         )
+    if not probe.is_floating_point():
+        raise SpecError(f"{architecture}: the model must give floating-point logits, it gave {probe.dtype}")
+    row = probe[0].double()
+    if len(row) > 1 and bool((row >= 0).all()) and abs(float(row.sum()) - 1) < 1e-5:
+        raise SpecError(f"{architecture}: gives probabilities; leave out its softmax, logits are wanted")
     return int(probe.shape[1])
 
 

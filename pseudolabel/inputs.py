@@ -90,6 +90,11 @@ def gather(
         checked = check_annotated(labeled, store)
     if sum(one.rows for one in (*checked, *soft)) == 0:
         raise LabelError("nothing to train on: the store has no rows for these shards (all were rejected)")
+    if soft and not any(one.rows for one in soft):
+        raise LabelError(
+            f"{store.root if store else ''}: has no rows for the --unlabeled shards (all were rejected)\nleave out "
+            "--unlabeled and --labels to train on the labels alone"
+        )
     names = tuple(classes) if classes is not None else tuple(str(index) for index in range(bound))
     return TrainingData(checked, soft, store, bound), names
 
@@ -123,12 +128,27 @@ def _label_space(store: Store, classes: Sequence[str] | None, num_classes: int |
     if classes is None or known == tuple(classes) or _positions(classes):
         return known
     if not _positions(known):
-        index = next(i for i, (theirs, ours) in enumerate(zip(known, classes, strict=True)) if theirs != ours)
         raise StoreMismatch(
-            f"{store.root}: class {index} is {known[index]!r} to its teacher, {classes[index]!r} in your list\n"
-            "put the list into the teacher's order, or use a teacher of these classes"
+            f"{store.root}: {how_classes_differ(classes, known)}\nlabels in the shards are numbers by your list, so "
+            "don't reorder it: annotate with a class map, which puts the teacher's classes into your order"
         )
     return classes
+
+
+def how_classes_differ(names: Sequence[str], of_teacher: Sequence[str]) -> str:
+    """In what a list of class names differs from a teacher's; '' if in nothing. Positions as names fit anything."""
+    if len(names) != len(of_teacher):
+        return f"the teacher has {len(of_teacher)} classes, the list of the corpus names {len(names)}"
+    if _positions(names) or _positions(of_teacher):
+        return ""
+    return next(
+        (
+            f"class {index} is {theirs!r} to the teacher, {ours!r} in the list of the corpus"
+            for index, (theirs, ours) in enumerate(zip(of_teacher, names, strict=True))
+            if theirs != ours
+        ),
+        "",
+    )
 
 
 def named_beside(labeled: Sequence[Shard]) -> Sequence[str] | None:

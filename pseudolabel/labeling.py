@@ -67,7 +67,7 @@ def settle(settings: AnnotateSettings, device: str, teacher: LoadedTeacher) -> A
         if torch.device(device).type == "cpu":
             pixels = sum(one.shape[-1] * one.shape[-2] for one in teacher.prepare(torch.zeros(3, 64, 64).byte()))
             batch_size = min(max(_CPU_PIXELS // pixels, 32), 256)
-    precision = resolve_precision(settings.precision, device)
+    precision = resolve_precision(settings.precision, device) if _runs_torch(teacher) else "fp32"
     return settings.model_copy(update={"batch_size": batch_size, "precision": precision})
 
 
@@ -86,10 +86,17 @@ def identify(teacher: LoadedTeacher, settings: AnnotateSettings) -> StoreIdentit
         member_fields(teacher, encoding)
         made_by["members_kept"] = True
     if settings.compile:
+        if not _runs_torch(teacher):
+            raise SpecError("--compile: an ONNX teacher runs as it was exported; leave it out")
         made_by["compiled"] = True
     return StoreIdentity(
         made_by, teacher.classes, encoding.name, _view_plan(teacher, settings).to_json(), settings.precision
     )
+
+
+def _runs_torch(teacher: LoadedTeacher) -> bool:
+    """Whether autocast and torch.compile mean anything to it."""
+    return bool(getattr(teacher, "runs_torch", True))
 
 
 def annotate_shard(

@@ -194,13 +194,26 @@ def _braces(spec: str) -> list[str]:
 
 
 def as_shards(shards: ShardsLike) -> list[Shard]:
-    """Shards as a verb was given them: listed already, or as `list_shards` takes them. Raises `ShardListError`."""
+    """Shards as a verb was given them: listed already, as `list_shards` takes them, or both. Raises
+    `ShardListError`.
+    """
     if isinstance(shards, (str, os.PathLike)):
         return list_shards(shards)
     given = list(shards)
-    if all(isinstance(one, Shard) for one in given):
-        return [one for one in given if isinstance(one, Shard)]
-    return list_shards([one for one in given if not isinstance(one, Shard)])
+    listed = [one for one in given if isinstance(one, Shard)]
+    places = [one for one in given if not isinstance(one, Shard)]
+    listed += list_shards(places) if places else []
+    by_name: dict[str, Shard] = {}
+    for shard in listed:
+        if not shard.name or shard.name.startswith(".") or "/" in shard.name:
+            raise ShardListError(f"{shard.where}: {shard.name!r} can't be a shard's name; take its file's, less .tar")
+        other = by_name.setdefault(shard.name, shard)
+        if real_place(other.path) != real_place(shard.path):
+            raise ShardListError(
+                f"two shards are named {shard.name!r}: {other.where} and {shard.where}\n"
+                "a shard's name is its identity in a store: give them different ones"
+            )
+    return list(by_name.values())
 
 
 def slice_shards(shards: list[Shard], part_of: str | None) -> list[Shard]:

@@ -6,6 +6,7 @@ import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -16,10 +17,19 @@ from conftest import Cli, digit_like, image_bytes, make_model
 from pseudolabel.annotate import AnnotateResult, annotate, annotate_shard
 from pseudolabel.checkpoint import load_model
 from pseudolabel.engines.local import LocalEngine
-from pseudolabel.errors import DamagedShard, SpecError, StoreMismatch, TooManyRejects
+from pseudolabel.errors import (
+    DamagedShard,
+    ShardListError,
+    SpecError,
+    StorageError,
+    StoreMismatch,
+    TooManyRejects,
+)
 from pseudolabel.labels.store import open_store
+from pseudolabel.labels.summary import summarize_store
+from pseudolabel.labels.verify import verify
 from pseudolabel.settings import AnnotateSettings
-from pseudolabel.shard_lists import list_shards
+from pseudolabel.shard_lists import Shard, list_shards
 from pseudolabel.shards import read_samples, write_shard
 from pseudolabel.teachers import parse_teacher, parse_teachers
 from pseudolabel.views.image import decode
@@ -223,9 +233,7 @@ def test_a_random_teacher_is_said_to_be_random(corpus: Path, tmp_path: Path) -> 
 def test_other_classes_than_the_corpus_names_are_pointed_out(corpus: Path, tmp_path: Path) -> None:
     """It came out only when the labels, hours later, were to be trained on."""
     (corpus / "classes.txt").write_text("a\nb\nc\n")
-    with pytest.warns(
-        UserWarning, match=r"teacher has 4 classes, the classes.txt beside the shards names 3: .*class-map"
-    ):
+    with pytest.warns(UserWarning, match=r"teacher has 4 classes, the list of the corpus names 3: .*class-map"):
         _annotate(corpus / "unlabeled", tmp_path / "store", make_model(tmp_path / "model"))
 
 
@@ -235,3 +243,61 @@ def test_the_rejects_are_listed(cli: Cli, teacher_dir: Path) -> None:
     (reject,) = cli("inspect", "store", "--rejects")[0]["rejected"]
     assert (reject["shard"], reject["key"], reject["stage"]) == ("s", "bad", "decode")
     assert "rejected" not in cli("inspect", "store")[0]
+
+
+def test_shards_of_one_name_are_refused_and_a_mixed_list_is_taken_whole(
+    corpus: Path, teacher_dir: Path, tmp_path: Path
+) -> None:
+    """One of two was labeled and the other counted as done; listed shards were dropped beside paths."""
+    paths = sorted((corpus / "unlabeled").iterdir())
+    uri, engine = f"checkpoint:{teacher_dir}", LocalEngine("cpu", 1)
+    twins = [Shard("a", str(paths[0])), Shard("a", str(paths[1]))]
+    with pytest.raises(ShardListError, match="two shards are named 'a'"):
+        annotate(twins, uri, tmp_path / "store", engine=engine)
+    for name in ("../a", "", ".a"):
+        with pytest.raises(ShardListError, match="can't be a shard's name"):
+            annotate([Shard(name, str(paths[0]))], uri, tmp_path / "store", engine=engine)
+    assert not (tmp_path / "store").exists()
+    mixed = [Shard("unlabeled-0", str(paths[0])), paths[1], Shard("unlabeled-0", str(paths[0]))]
+    assert annotate(mixed, uri, tmp_path / "store", engine=engine).parts_written == 2
+
+
+@pytest.mark.parametrize(
+    ("changed", "kind", "said"),
+    [
+        ({"shards": []}, ShardListError, "no shards given"),
+        ({"teacher": ["checkpoint:x"]}, SpecError, "a teacher is wanted, .* not list"),
+        ({"max_reject_fraction": float("nan")}, SpecError, "it is a share, from 0 to 1"),
+        ({"max_reject_fraction": 5}, SpecError, "it is a share, from 0 to 1"),
+        ({"out": ""}, StorageError, "an empty text is no path; is a variable unset"),
+    ],
+)
+def test_arguments_that_make_no_sense(
+    changed: dict[str, Any], kind: type[Exception], said: str, corpus: Path, teacher_dir: Path, tmp_path: Path
+) -> None:
+    given = {"shards": corpus / "unlabeled", "teacher": f"checkpoint:{teacher_dir}", "out": tmp_path / "store"}
+    with pytest.raises(kind, match=said):
+        annotate(**{**given, **changed})
+    assert not (tmp_path / "store").exists()
+
+
+def test_the_commonest_reason_of_rejects_is_said(make_shard: MakeShard, teacher_dir: Path, tmp_path: Path) -> None:
+    """A teacher that gives NaN was blamed on the shards."""
+    make_shard("a", [(f"{index}", {"png": b"" if index < 3 else image_bytes(index)}) for index in range(4)])
+    with pytest.raises(TooManyRejects, match=r"a.tar: 3 of 4, most of them: .*empty"):
+        _annotate(tmp_path / "shards", tmp_path / "store", teacher_dir)
+
+
+def test_classes_in_another_order_are_told_before_the_work(corpus: Path, teacher_dir: Path, tmp_path: Path) -> None:
+    (corpus / "classes.txt").write_text("class 1\nclass 0\nclass 2\nclass 3\n")
+    said = (
+        r"class 0 is 'class 0' to the teacher, 'class 1' in the list of the corpus: train will refuse .* in any order"
+    )
+    with pytest.warns(UserWarning, match=said):
+        _annotate(corpus / "unlabeled", tmp_path / "store", teacher_dir)
+
+
+def test_verify_and_summary_take_paths(corpus: Path, teacher_dir: Path, tmp_path: Path) -> None:
+    _annotate(corpus / "unlabeled", tmp_path / "store", teacher_dir)
+    assert verify(tmp_path / "store", corpus / "unlabeled").ok
+    assert summarize_store(str(tmp_path / "store")).parts == 3

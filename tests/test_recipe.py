@@ -314,3 +314,10 @@ def test_values_that_are_at_the_limit_are_accepted() -> None:
     settings = TrainSettings(alpha=1, labeled_fraction=0, ema=0, clip_norm=0, weight_decay=0, image_size=8)
     assert (settings.alpha, settings.labeled_fraction, settings.ema) == (1.0, 0.0, 0.0)
     assert math.isfinite(settings.lr)
+
+
+def test_true_is_no_number() -> None:
+    """It became a learning rate of 1."""
+    for kind, value in ((TrainSettings, {"student": "small:resnet8", "lr": True}), (AnnotateSettings, {"views": True})):
+        with pytest.raises(ValidationError, match="must be a number, not true or false"):
+            kind(**value)

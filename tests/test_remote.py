@@ -57,6 +57,18 @@ def test_a_listing_in_many_places_at_once_is_the_same(
     assert storage.entries(place.parent / "none", sorted(wanted) * 3) == []
 
 
+def test_a_question_mark_in_a_key_is_a_letter(bucket: Bucket) -> None:
+    place = storage.location(bucket.url) / "u"
+    storage.write_atomic(place / "a?b.tar", b"1")
+    assert [one.name for one in storage.entries(place)] == ["a?b.tar"]
+
+
+def test_what_follows_the_question_mark_of_a_web_address_is_never_shown() -> None:
+    for url in ("https://host/x.tar?sig=secret", "HTTPS://host/x?sig=secret", "https://host?sig=secret"):
+        place = storage.location(url)
+        assert "secret" not in f"{place} {place!r} {storage.shown(url)}"
+
+
 def test_what_is_written_new_is_never_overwritten(bucket: Bucket) -> None:
     path = storage.location(f"{bucket.url}/store.json")
     assert storage.write_new(path, "first")
@@ -188,6 +200,7 @@ def test_no_credentials_at_all_are_one_error(bucket: Bucket, monkeypatch: pytest
         ("https://user:secret@host/x.tar", "a password doesn't belong into a URL"),
         ("ftp://host/x", "no storage of this kind"),
         ("s3:///x", "names no bucket"),
+        ("s3://b[0-9]/x.tar", "is no URL"),
     ],
 )
 def test_urls_that_are_refused(url: str, said: str) -> None:

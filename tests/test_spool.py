@@ -144,6 +144,32 @@ def test_a_limit_that_is_none_is_refused(limit: str, server: Server, monkeypatch
         spool.fetch(server.write("a.bin", b"x"))
 
 
+def test_what_else_lies_in_the_spool_stays(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever room is wanted: the directory is the user's choice, and may hold more."""
+    directory = Path(os.environ["PSEUDOLABEL_SPOOL"])
+    (directory / "pseudolabel-run-x").mkdir(parents=True)
+    (directory / "thesis.txt").write_text("years of work")
+    monkeypatch.setenv("PSEUDOLABEL_SPOOL_LIMIT", "1")
+    for name in "ab":
+        os.close(spool.fetch(server.write(name, os.urandom(3000))).descriptor)
+    spool.make_room(directory, 1, all_of_it=True)
+    assert sorted(path.name for path in directory.iterdir()) == ["pseudolabel-run-x", "thesis.txt"]
+
+
+def test_a_run_at_a_url_has_a_copy_that_nobody_else_clears_and_that_goes(server: Server) -> None:
+    directory = Path(os.environ["PSEUDOLABEL_SPOOL"])
+    with storage.mirrored(storage.RemotePath("s3://bucket/run")) as mirror, storage.held(mirror.path):
+        (mirror.path / "x").write_text("x")
+        os.utime(mirror.path, (0, 0))
+        abandoned = directory / "pseudolabel-run-abandoned"
+        abandoned.mkdir()
+        os.utime(abandoned, (0, 0))
+        with storage.mirrored(storage.RemotePath("s3://bucket/other")):
+            assert mirror.path.exists()
+            assert not abandoned.exists()
+    assert list(directory.iterdir()) == []
+
+
 def test_what_a_killed_process_left_is_no_hindrance(server: Server) -> None:
     source = server.write("a.bin", os.urandom(5000))
     found = spool.fetch(source)

@@ -149,7 +149,7 @@ def test_weights_that_can_not_be_downloaded_say_so_and_nothing_is_written_to_std
     ("name", "content", "said"),
     [
         ("empty.pth", b"", "can't be read as weights"),
-        ("text.pth", b"hello world" * 20, "can't be read as weights|holds more than tensors"),
+        ("text.pth", b"<html>" * 20, "is no file of weights"),
         ("torn.pth", None, "can't be read as weights"),
         ("zeros.safetensors", b"\0" * 100, "can't be read as weights"),
         ("list.pth", [1, 2], "holds list, not a state dict"),

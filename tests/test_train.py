@@ -338,7 +338,10 @@ def test_class_names_of_pack_and_teacher_must_agree(corpus: Path, tmp_path: Path
     """Label 0 is "ant" in the labeled set and "class 0" to the teacher: another label space, whatever the count."""
     labels = _annotated(corpus, tmp_path / "store", make_model(tmp_path / "teacher"))
     (corpus / "classes.txt").write_text("ant\nbee\ncat\ndog\n")
-    with pytest.raises(StoreMismatch, match="class 0 is 'class 0' to its teacher, 'ant' in your list"):
+    with pytest.raises(
+        StoreMismatch,
+        match=r"class 0 is 'class 0' to the teacher, 'ant' in the list of the corpus\nlabels .* don't reorder it",
+    ):
         _train(corpus, tmp_path / "run", labels)
     _train(corpus, tmp_path / "alone")
     assert load_model(tmp_path / "alone", torch.device("cpu")).classes == ("ant", "bee", "cat", "dog")
@@ -469,3 +472,24 @@ def test_weights_that_end_infinite_are_an_error(corpus: Path, tmp_path: Path) ->
     with pytest.raises(Diverged, match="no longer finite"):
         _train(corpus, tmp_path / "run", settings=SMALL.model_copy(update={"steps": 1, "lr": 1e38, "ema": 0.0}), val=())
     assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_a_store_without_rows_teaches_nothing(corpus: Path, teacher_dir: Path, tmp_path: Path) -> None:
+    """It ended in an assertion."""
+    write_shard(tmp_path / "broken" / "b.tar", [(f"{index}", {"png": b"none"}) for index in range(4)])
+    annotate(
+        tmp_path / "broken",
+        f"checkpoint:{teacher_dir}",
+        tmp_path / "none",
+        max_reject_fraction=1,
+        engine=LocalEngine("cpu", 1),
+    )
+    settings = TrainSettings(student="small:resnet8?width=4", image_size=12, channels=1, batch_size=4, steps=1)
+    with pytest.raises(LabelError, match="has no rows for the --unlabeled shards"):
+        train(
+            settings,
+            tmp_path / "run",
+            labeled=corpus / "labeled",
+            unlabeled=tmp_path / "broken",
+            store=tmp_path / "none",
+        )

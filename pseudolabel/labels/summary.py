@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from pseudolabel.labels.footers import read_footers
-from pseudolabel.labels.store import Store
+from pseudolabel.labels.store import Store, open_store
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,9 @@ class StoreSummary:
     classes: tuple[str, ...]
 
 
-def summarize_store(store: Store) -> StoreSummary:
-    """Read every part's footer. Raises `StoreMismatch`, `DamagedPart`."""
+def summarize_store(store: Store | str | os.PathLike[str]) -> StoreSummary:
+    """Read every part's footer. Raises `StoreError`, `StoreMismatch`, `DamagedPart`."""
+    store = store if isinstance(store, Store) else open_store(store)
     rows = parts = rejects = size = 0
     sums: dict[str, float] = {}
     worst: dict[str, float] = {}

@@ -6,7 +6,8 @@ A shard without a part is not a problem: it is unfinished, and the same annotate
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -15,8 +16,8 @@ from pseudolabel import storage
 from pseudolabel.errors import DamagedPart, DamagedShard, PseudolabelError, StoreMismatch
 from pseudolabel.labels import schema
 from pseudolabel.labels.schema import PartInfo
-from pseudolabel.labels.store import Store
-from pseudolabel.shard_lists import Shard
+from pseudolabel.labels.store import Store, open_store
+from pseudolabel.shard_lists import Shard, ShardsLike, as_shards
 from pseudolabel.shards import ShardFile
 from pseudolabel.storage import Location
 
@@ -40,9 +41,10 @@ class VerifyResult:
     problems: tuple[Problem, ...]
 
 
-def verify(store: Store, shards: Sequence[Shard] = ()) -> VerifyResult:
-    """Check all parts; those of `shards` also against the shards themselves."""
-    by_name = {shard.name: shard for shard in shards}
+def verify(store: Store | str | os.PathLike[str], shards: ShardsLike = ()) -> VerifyResult:
+    """Check all parts; those of `shards` also against the shards themselves. Raises `StoreError`, `ShardListError`."""
+    store = store if isinstance(store, Store) else open_store(store)
+    by_name = {shard.name: shard for shard in as_shards(shards)}
     problems = list(_foreign_files(store))
     names = store.part_names()
     rows = 0
@@ -57,7 +59,7 @@ def verify(store: Store, shards: Sequence[Shard] = ()) -> VerifyResult:
         except PseudolabelError as error:
             problems.append(Problem(name, error.kind, str(error).splitlines()[0]))
     for name in sorted(by_name.keys() - set(names)):
-        problems.append(Problem(name, "MissingPart", f"{by_name[name].path}: not annotated in this store"))
+        problems.append(Problem(name, "MissingPart", f"{by_name[name].where}: not annotated in this store"))
     return VerifyResult(not problems, len(names), rows, tuple(problems))
 
 
@@ -129,7 +131,8 @@ def _check_shard(shard: Shard, info: PartInfo, part: pa.Table, rejects: pa.Table
     with ShardFile(shard) as opened:
         if opened.size != info.size or opened.sha256() != info.sha256:
             raise StoreMismatch(
-                f"{shard.where}: its content is not what was annotated; put the old shard back or annotate it again"
+                f"{shard.where}: its content is not what was annotated; put the old shard back, or delete its part and "
+                "annotate again"
             )
         keys = dict(
             zip(

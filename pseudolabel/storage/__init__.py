@@ -56,10 +56,12 @@ def location(place: str | os.PathLike[str]) -> Location:
     text = os.fspath(place)
     if isinstance(place, (Path, RemotePath)):
         return place
+    if not text:
+        raise StorageError("an empty text is no path; is a variable unset?")
     scheme, separator, rest = text.partition("://")
     if not separator:
         return Path(text)
-    return Path(rest) if scheme == "file" else RemotePath(text)
+    return Path(rest) if scheme == "file" else RemotePath(f"{scheme.lower()}://{rest}")
 
 
 def is_remote(place: str | os.PathLike[str]) -> bool:

@@ -41,7 +41,9 @@ def _remedy(error: OSError) -> str:
         return "free some space there and run the same command again; finished work is kept"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return "choose a place you may write to, or change its permissions"
-    if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EEXIST):
+    if error.errno == errno.ENAMETOOLONG:
+        return "give the shard, or the directory, a shorter name"
+    if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
         return "check the path: part of it is missing, or a file where a directory should be"
     return "check the disk, then run the same command again; finished work is kept"
 

@@ -9,15 +9,21 @@ Of a path on this machine the mirror is the path itself, and nothing is copied.
 
 from __future__ import annotations
 
+import fcntl
 import os
+import shutil
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from pseudolabel.storage.local import explain_os_errors
 from pseudolabel.storage.remote import RemotePath
+
+_PREFIX = "pseudolabel-run-"
+_YOUNG = 60.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -69,11 +75,30 @@ class Mirror:
 
 @contextmanager
 def mirrored(place: Path | RemotePath) -> Iterator[Mirror]:
-    """A place to work in that stands for `place`. Raises `StorageError`."""
+    """A place to work in that stands for `place`; hold it (`held`), for what nobody holds counts as abandoned. Raises
+    `StorageError`.
+    """
     if not isinstance(place, RemotePath):
         yield Mirror(place)
         return
-    with explain_os_errors(Path(tempfile.gettempdir()), "making a temporary directory in"):
-        directory = tempfile.TemporaryDirectory(prefix="pseudolabel-run-", dir=os.environ.get("PSEUDOLABEL_SPOOL"))
+    above = Path(os.environ.get("PSEUDOLABEL_SPOOL") or tempfile.gettempdir())
+    with explain_os_errors(above, "making a directory in"):
+        above.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(above)
+        directory = tempfile.TemporaryDirectory(prefix=_PREFIX, dir=above)
     with directory as path:
         yield Mirror(Path(path), place)
+
+
+def _remove_abandoned(above: Path) -> None:
+    """Delete copies whose process was killed: nobody holds them."""
+    for path in above.glob(f"{_PREFIX}*"):
+        with suppress(OSError):  # another user's, or gone by now
+            if time.time() - path.stat().st_mtime < _YOUNG:
+                continue  # it may not be held yet
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path, ignore_errors=True)
+            finally:
+                os.close(descriptor)

@@ -58,8 +58,11 @@ class RemotePath(os.PathLike[str]):
     url: str
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.url)
-        if parts.scheme not in EXTRAS:
+        try:
+            parts = urlsplit(self.url)
+        except ValueError as error:
+            raise StorageError(f"{shown(self.url)}: is no URL ({error}); check its brackets") from error
+        if self.scheme not in EXTRAS:
             raise StorageError(f"{shown(self.url)}: no storage of this kind is known; write one of {', '.join(EXTRAS)}")
         if "@" in parts.netloc and parts.scheme not in ("az", "abfs"):
             raise StorageError(
@@ -74,6 +77,9 @@ class RemotePath(os.PathLike[str]):
 
     def __str__(self) -> str:
         return shown(self.url)
+
+    def __repr__(self) -> str:
+        return f"RemotePath({shown(self.url)!r})"
 
     def __truediv__(self, name: str) -> RemotePath:
         return RemotePath(f"{self.url.rstrip('/')}/{name}")
@@ -319,11 +325,11 @@ class _Unfit(Exception):
 def shown(url: str) -> str:
     """A URL for people and logs: what may be a secret in it is left out."""
     scheme, separator, rest = url.partition("://")
+    if scheme.lower() in _WEB and "?" in rest:
+        rest = rest.partition("?")[0] + "?…"
     host, slash, path = rest.partition("/")
     if "@" in host and scheme not in ("az", "abfs"):
         host = "…@" + host.rpartition("@")[2]
-    if scheme in _WEB and "?" in path:
-        path = path.partition("?")[0] + "?…"
     return f"{scheme}{separator}{host}{slash}{path}"
 
 
@@ -343,7 +349,9 @@ def _as_entry(info: dict[str, Any]) -> Entry:
     if size is None:
         raise StorageError(f"{shown(info['name'])}: the server doesn't say how large it is; copy the files here")
     version = next((str(info[name]) for name in _VERSIONS if info.get(name)), "")
-    name = posixpath.basename(info["name"].partition("?")[0].rstrip("/"))
+    path = info["name"]
+    path = path.partition("?")[0] if path.startswith(("http://", "https://")) else path
+    name = posixpath.basename(path.rstrip("/"))
     return Entry(name, int(size), version_number(version) if version else 0)
 
 

@@ -37,6 +37,7 @@ from pseudolabel.storage.remote import Entry, RemotePath
 _PIECE = 8 << 20
 _PIECES_AHEAD = 4
 _ABANDONED = 3600.0  # seconds after which a file that nobody goes on fetching may go
+_OURS = re.compile(r"[0-9a-f]{40}(\.part)?")
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
@@ -172,10 +173,10 @@ def make_room(directory: Path, size: int, *, all_of_it: bool = False) -> None:
 
 
 def _files(directory: Path) -> Iterator[tuple[float, int, Path]]:
-    """Time of last use, size and path of all that takes room."""
+    """Time of last use, size and path of all that was fetched; what else lies there is somebody's own."""
     with os.scandir(directory) as found:
         for one in found:
-            if not one.name.endswith(".sha256"):
+            if _OURS.fullmatch(one.name):
                 with suppress(FileNotFoundError):  # another process makes room, too
                     status = one.stat()
                     yield max(status.st_atime, status.st_mtime), status.st_size, Path(one.path)

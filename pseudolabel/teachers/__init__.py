@@ -41,13 +41,13 @@ def parse_teacher(uri: str, class_map: ClassMap | None = None) -> Teacher:
     return teacher if class_map is None else MappedTeacher(teacher, class_map, str(spec))
 
 
-def parse_teachers(uris: Sequence[str], class_map: str | Path | None = None) -> Teacher:
+def parse_teachers(uris: str | Sequence[str], class_map: str | Path | None = None) -> Teacher:
     """One teacher, or an ensemble of several; each may carry a weight, `SPEC@0.7`. The file `class_map` maps every
     member that has no map of its own. Raises `SpecError`.
     """
     shared = read_class_map(class_map) if class_map is not None else None
     members, weights = [], []
-    for uri in uris:
+    for uri in [uris] if isinstance(uris, str) else uris:
         head, at, tail = uri.rpartition("@")
         weight = _number(tail) if at else None
         members.append(parse_teacher(uri if weight is None else head, shared))
@@ -61,6 +61,8 @@ def parse_teachers(uris: Sequence[str], class_map: str | Path | None = None) -> 
     from pseudolabel.teachers.ensemble import Ensemble
 
     total = sum(weights)
+    if not total < math.inf:
+        raise SpecError("the ensemble weights add up to infinity; only their ratios count, so make them smaller")
     return Ensemble(tuple(members), tuple(weight / total for weight in weights))
 
 

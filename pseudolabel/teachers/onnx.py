@@ -20,7 +20,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -110,6 +110,7 @@ class _Input:
 class LoadedOnnx:
     """A session and what it needs around it; fits `interfaces.LoadedTeacher`."""
 
+    runs_torch: ClassVar[bool] = False  # what autocast and torch.compile do, it doesn't
     spec: Spec
     session: Any
     image: _Input
