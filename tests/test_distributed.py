@@ -66,7 +66,7 @@ class Torchrun:
         out, err = process.communicate(timeout=120)
         wait_until_gone(process.pid)
         assert out.count("\n") == 1, (out, err)
-        assert f'File "{REPOSITORY}' not in err, err
+        assert f'File "{REPOSITORY / "pseudolabel"}' not in err, err
         return process.returncode, json.loads(out), err
 
 
