@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from pseudolabel import storage
 from pseudolabel.class_numbers import MAX_CLASSES, read_class
-from pseudolabel.errors import LabelError, StoreMismatch
+from pseudolabel.errors import LabelError, StorageError, StoreMismatch
 from pseudolabel.labels.schema import PartInfo
 from pseudolabel.labels.store import Store
 from pseudolabel.shard_lists import Shard, real_place
@@ -155,7 +155,7 @@ def named_beside(labeled: Sequence[Shard]) -> Sequence[str] | None:
     """The class names in `pack`'s classes.txt beside labeled shards, if any. Raises `LabelError` if two differ."""
     found: dict[tuple[str, ...], str] = {}
     for path in sorted({_beside(shard) for shard in labeled}):
-        if path.is_file():
+        if _is_there(path):
             try:
                 names = tuple(line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip())
             except (OSError, UnicodeDecodeError) as error:
@@ -165,6 +165,16 @@ def named_beside(labeled: Sequence[Shard]) -> Sequence[str] | None:
     if len(found) > 1:
         raise LabelError(f"labeled shards of different classes: {' and '.join(sorted(found.values())[:2])} differ")
     return next(iter(found), None)
+
+
+def _is_there(path: storage.Location) -> bool:
+    """Whether there are names. Who may read the shards alone is refused what isn't there, too."""
+    try:
+        return path.is_file()
+    except StorageError as error:
+        if storage.is_refused(error):
+            return False
+        raise
 
 
 def _beside(shard: Shard) -> storage.Location:

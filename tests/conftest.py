@@ -22,14 +22,13 @@ import pytest
 import torch
 from commands import Invoke, Refuse, annotated
 from hypothesis import settings
-from object_stores import ENVIRONMENT, Proxy, moto, rclone
+from object_stores import ENVIRONMENT, Bucket, Proxy, moto, rclone
 from PIL import Image
-from remote_places import Bucket
 
 from pseudolabel.checkpoint import ModelCard, save_model
 from pseudolabel.cli import main
 from pseudolabel.shards import write_shard
-from pseudolabel.storage import remote
+from pseudolabel.storage import asking
 from pseudolabel.views.image import square
 
 # The same examples every time, and no time limit on a loaded machine.
@@ -237,11 +236,11 @@ def bucket(
     }
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    remote._file_system.cache_clear()
+    asking.file_system.cache_clear()
     name = f"bucket-{uuid.uuid4().hex[:12]}"
-    remote._call(remote._file_system("s3", os.getpid()), "mkdir", 30.0, (name,), {})
+    asking.call(asking.file_system("s3", os.getpid()), "mkdir", 30.0, (name,))
     yield Bucket(f"s3://{name}", request.param, environment["AWS_ENDPOINT_URL"], environment)
-    remote._file_system.cache_clear()
+    asking.file_system.cache_clear()
 
 
 @pytest.fixture
@@ -249,7 +248,7 @@ def proxied(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[B
     """The bucket behind a proxy that fails when told to."""
     proxy = Proxy(bucket.endpoint)
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-    remote._file_system.cache_clear()
+    asking.file_system.cache_clear()
     yield Bucket(bucket.url, bucket.kind, proxy.url, {**bucket.environment, "AWS_ENDPOINT_URL": proxy.url}), proxy
-    remote._file_system.cache_clear()
+    asking.file_system.cache_clear()
     proxy.close()

@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -27,6 +28,16 @@ ENVIRONMENT = {
     "AWS_DEFAULT_REGION": "us-east-1",
     "AWS_EC2_METADATA_DISABLED": "true",
 }
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """`url` is s3://NAME, `kind` the server's, `endpoint` where it listens; `environment` lets a command find it."""
+
+    url: str
+    kind: str
+    endpoint: str
+    environment: dict[str, str]
 
 
 @contextmanager

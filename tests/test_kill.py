@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY, Cli, image_bytes, make_model, wait_until_gone
-from remote_places import Bucket
+from object_stores import Bucket
 
 from pseudolabel.labels.store import open_store
 from pseudolabel.labels.verify import verify

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +14,7 @@ from typing import Any
 import pytest
 from commands import FEW, distill
 from conftest import Cli, image_bytes
-from object_stores import Proxy, web_server
-from remote_places import Bucket
+from object_stores import ENVIRONMENT, Bucket, Proxy, web_server
 
 from pseudolabel import annotate, storage, train, verify
 from pseudolabel.annotate import AnnotateResult
@@ -27,7 +27,7 @@ from pseudolabel.rundir import read_metrics
 from pseudolabel.settings import TrainSettings
 from pseudolabel.shard_lists import list_shards
 from pseudolabel.shards import write_shard
-from pseudolabel.storage import remote
+from pseudolabel.storage import asking
 
 
 def put_all(directory: Path, url: str) -> None:
@@ -94,7 +94,7 @@ def test_the_whole_way_from_url_to_url(
     answer("report", out)
     assert b"<html" in storage.location(f"{out}/report.html").read_bytes()
     secret = bucket.environment["AWS_SECRET_ACCESS_KEY"]
-    everything = remote._call(remote._file_system("s3", os.getpid()), "find", 30.0, (bucket.url[5:],), {})
+    everything = asking.call(asking.file_system("s3", os.getpid()), "find", 30.0, (bucket.url[5:],))
     assert len(everything) > 15
     assert not any(secret.encode() in storage.location(f"s3://{name}").read_bytes() for name in everything)
 
@@ -153,6 +153,31 @@ def test_annotate_is_killed_while_it_uploads_and_goes_on(
     assert verify(open_store(there)).ok
     annotate_here(f"{bucket.url}/unlabeled", teacher_dir, there)
     assert labels(there) == labels(store)
+
+
+def test_ctrl_c_does_not_wait_for_a_storage_that_never_answers(cli: Cli, teacher_dir: Path, tmp_path: Path) -> None:
+    """Its threads ask for minutes; a process waits for its threads."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        endpoint = {**ENVIRONMENT, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{silent.getsockname()[1]}"}
+        teacher = ("--teacher", f"checkpoint:{teacher_dir}", "--out", tmp_path / "store")
+        process = cli.start("annotate", "s3://bucket/a.tar", *teacher, "--device", "cpu", env=endpoint)
+        with silent.accept()[0]:
+            time.sleep(0.5)
+            os.kill(process.pid, signal.SIGINT)
+            _, err = process.communicate(timeout=25)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+
+
+def test_who_may_read_the_shards_alone_needs_no_more(
+    proxied: tuple[Bucket, Proxy], corpus: Path, teacher_dir: Path, store: Path, tmp_path: Path
+) -> None:
+    """Without the right to list, a storage refuses what isn't there: class names that might be beside the shards."""
+    bucket, proxy = proxied
+    put_all(corpus / "unlabeled", f"{bucket.url}/unlabeled")
+    proxy.fail("403", ".*", "classes.txt", times=100)
+    annotate_here(f"{bucket.url}/unlabeled", teacher_dir, str(tmp_path / "here"))
+    assert labels(tmp_path / "here") == labels(store)
 
 
 def test_training_goes_on_from_the_checkpoint_at_its_url(
@@ -222,7 +247,7 @@ def test_shards_of_a_web_server(corpus: Path, teacher_dir: Path, store: Path, tm
         with pytest.raises(ShardListError, match=r"1 of 4 shards are missing, the first is .*-3.tar\?…") as error:
             list_shards(f"{url}/unlabeled-{{0..3}}.tar?sig=secret")
         assert "secret" not in str(error.value)
-    remote._file_system.cache_clear()
+    asking.file_system.cache_clear()
     assert not any("secret" in path.read_text() for path in (tmp_path / "from-the-web").rglob("*.json*"))
 
 

@@ -8,12 +8,11 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from object_stores import Proxy, web_server
-from remote_places import Bucket
+from object_stores import Bucket, Proxy, web_server
 
 from pseudolabel import storage
 from pseudolabel.errors import StorageError
-from pseudolabel.storage import remote
+from pseudolabel.storage import asking, remote
 
 
 def test_files_are_written_listed_read_and_removed(bucket: Bucket) -> None:
@@ -95,7 +94,7 @@ def test_reading_goes_on_after(kind: str, proxied: tuple[Bucket, Proxy], monkeyp
     content = os.urandom(300_000)
     storage.write_atomic(path, content)
     if kind == "slow":
-        monkeypatch.setattr(remote, "_DEADLINE", 1.0)
+        monkeypatch.setattr(asking, "_DEADLINE", 1.0)
     proxy.fail(kind, "GET", "data.bin", times=2)
     assert path.read_bytes() == content
     assert [fault.times for fault in proxy.faults] == [0]
@@ -125,7 +124,7 @@ def test_an_upload_that_never_succeeds_leaves_nothing(
     proxied: tuple[Bucket, Proxy], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bucket, proxy = proxied
-    monkeypatch.setattr(remote, "_LONGEST_PAUSE", 0.05)
+    monkeypatch.setattr(asking, "_LONGEST_PAUSE", 0.05)
     path = storage.location(f"{bucket.url}/parts/a.parquet")
     proxy.fail("cut upload", "PUT", times=1000)
     with pytest.raises(StorageError, match=r"writing s3://.*a.parquet failed: .*\nit was tried 7 times"):
@@ -143,7 +142,7 @@ def test_a_large_file_goes_up_in_pieces_and_appears_whole(
     bucket, proxy = proxied
     if bucket.kind == "moto":
         pytest.skip("100 MB are sent once: to the server that checks digests")
-    monkeypatch.setattr(remote, "_LONGEST_PAUSE", 0.05)
+    monkeypatch.setattr(asking, "_LONGEST_PAUSE", 0.05)
     path = storage.location(f"{bucket.url}/weights")
     content = os.urandom(1 << 20) * 101
     (tmp_path / "weights").write_bytes(content)
@@ -176,7 +175,7 @@ def test_wrong_credentials_are_one_error_that_does_not_tell_them(
         pytest.skip("it lets wrong secrets pass")
     path = storage.location(f"{bucket.url}/x")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong-and-secret")
-    remote._file_system.cache_clear()
+    asking.file_system.cache_clear()
     for ask in (path.read_bytes, lambda: storage.write_atomic(path, b"1"), lambda: storage.entries(path.parent)):
         with pytest.raises(StorageError, match=r"failed: .*\ncheck the credentials in your environment") as error:
             ask()
@@ -188,7 +187,7 @@ def test_no_credentials_at_all_are_one_error(bucket: Bucket, monkeypatch: pytest
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/dev/null")
     monkeypatch.setenv("AWS_CONFIG_FILE", "/dev/null")
-    remote._file_system.cache_clear()
+    asking.file_system.cache_clear()
     with pytest.raises(StorageError, match="check the credentials in your environment"):
         storage.write_atomic(storage.location(f"{bucket.url}/x"), b"1")
 
@@ -211,7 +210,7 @@ def test_urls_that_are_refused(url: str, said: str) -> None:
 
 def test_a_package_that_is_missing_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "gcsfs", None)
-    remote._file_system.cache_clear()
+    asking.file_system.cache_clear()
     with pytest.raises(StorageError, match=r"gs:// needs a package .*: pip install 'pseudolabel\[gcs\]'"):
         storage.location("gs://bucket/x").exists()
 
@@ -221,7 +220,7 @@ def web(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     status = {"/secret.bin": 403}
     with web_server(tmp_path, ranges=request.param, answer=lambda path: status.get(path.partition("?")[0], 200)) as url:
         yield url
-    remote._file_system.cache_clear()
+    asking.file_system.cache_clear()
 
 
 def test_a_web_server_is_read_from(web: str, tmp_path: Path) -> None:
@@ -245,3 +244,9 @@ def test_what_a_web_server_can_not_do_is_said(web: str, tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"secret.bin\?… failed: 403.*\ncheck the credentials") as error:
         storage.location(f"{web}/secret.bin?sig=hidden").read_range(0, 1)
     assert "hidden" not in str(error.value)
+
+
+def test_what_was_not_tried_again_is_not_said_to_be(bucket: Bucket) -> None:
+    """A name that no bucket can have is refused at once."""
+    with pytest.raises(StorageError, match="check the address, and the configuration of the storage"):
+        storage.write_atomic(storage.location("s3://Not_A_Bucket!/x"), b"1")

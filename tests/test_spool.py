@@ -20,7 +20,7 @@ from pseudolabel.labeling import annotate_shard
 from pseudolabel.settings import AnnotateSettings
 from pseudolabel.shard_lists import Shard
 from pseudolabel.shards import Fetcher, ShardFile, fetched_ahead, shard_sha256, write_shard
-from pseudolabel.storage import remote, spool
+from pseudolabel.storage import asking, remote, spool
 from pseudolabel.teachers import parse_teacher
 
 
@@ -47,10 +47,10 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     found = Server(tmp_path / "served")
     monkeypatch.setenv("PSEUDOLABEL_SPOOL", str(tmp_path / "spool"))
     monkeypatch.setattr(spool, "_PIECE", 1000)
-    remote._file_system.cache_clear()
+    asking.file_system.cache_clear()
     with web_server(found.directory, ranges=True, answer=found.count) as found.url:
         yield found
-    remote._file_system.cache_clear()
+    asking.file_system.cache_clear()
 
 
 @pytest.fixture(autouse=True)

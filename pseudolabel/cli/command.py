@@ -12,6 +12,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from types import FrameType
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -59,7 +60,9 @@ def main() -> None:
     of several processes ends without a word, as its launcher wants when another has failed.
     """
     together = started_together()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL if together else signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL if together else _interrupt)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # or else whoever started us wants it ignored
+        signal.signal(signal.SIGINT, _interrupt)
     keep_freed_memory()
     _allow_open_files()
     warnings.showwarning = _show_warning
@@ -78,6 +81,13 @@ def main() -> None:
         _let_one_tell(2)
         _tell("UsageError", error.format_message(), as_json=as_json)
         sys.exit(2)
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    """Ctrl-C, and what counts as such. Threads that ask a storage which doesn't answer are not waited for."""
+    if (asking := sys.modules.get("pseudolabel.storage.asking")) is not None:
+        asking.give_up()
+    raise KeyboardInterrupt
 
 
 def _allow_open_files() -> None:

@@ -16,10 +16,11 @@ from pathlib import Path
 
 from pseudolabel.errors import StorageError
 from pseudolabel.storage import local
+from pseudolabel.storage.asking import give_up, is_refused, shown
 from pseudolabel.storage.journal import Journal
 from pseudolabel.storage.local import explain_os_errors, explained, is_temporary, sync_directory
 from pseudolabel.storage.mirror import Mirror, mirrored
-from pseudolabel.storage.remote import Entry, RemotePath, entries_of, shown
+from pseudolabel.storage.remote import Entry, RemotePath, entries_of
 
 __all__ = [
     "Entry",
@@ -34,7 +35,9 @@ __all__ = [
     "entry",
     "explain_os_errors",
     "explained",
+    "give_up",
     "held",
+    "is_refused",
     "is_remote",
     "is_temporary",
     "local_copy",

@@ -1,7 +1,6 @@
 """Objects of S3, Google Cloud Storage, Azure, the Hugging Face hub and web servers, through fsspec.
 
-Everything is tried again after what may pass (a reset, a 503, a slow answer), with growing, random pauses; every try
-has a deadline. What stays wrong becomes one `StorageError`. Credentials are fsspec's business, which finds them where
+How they are asked, and what is tried again, is in asking.py. Credentials are fsspec's business, which finds them where
 the usual tools do; they are in no message here.
 
 A file appears whole: it is one put, or an upload of pieces that nobody sees before it is completed.
@@ -11,36 +10,23 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
-import importlib
 import os
 import posixpath
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from pseudolabel.errors import StorageError
+from pseudolabel.storage.asking import CHECK_PLACE, EXTRAS, WEB, Unfit, ask, is_missing_bucket, one_line, shown
 
-EXTRAS = {"s3": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure", "hf": "hf", "http": "http"}
-EXTRAS["https"] = "http"
-_WEB = ("http", "https")
-_TRIES = 7
-_LONGEST_PAUSE = 15.0  # seconds between two tries
-_DEADLINE = 60.0  # seconds for one try, and one more for each _SLOWEST bytes
-_SLOWEST = 1 << 20
 _AT_ONCE = 16  # requests under way, of many small ones
 _MANY = 5000  # names, from which on a listing is divided
-_PASSING_CODES = ("RequestTimeout", "IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch", "OperationAborted")
-_PASSING_STATUS = (408, 409, 425, 429)
-_FINAL = (FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError, ImportError)
 _ETAGS = ("ETag", "etag", "generation", "md5Hash", "blob_id")  # what storages call a version
 _VERSIONS = (*_ETAGS, "LastModified", "last_modified", "mtime", "Last-Modified")
-_REFUSED = (TypeError, AttributeError, NotImplementedError, ValueError)  # asking again changes nothing
 
 
 class Entry(NamedTuple):
@@ -91,12 +77,17 @@ class RemotePath(os.PathLike[str]):
     @property
     def is_web(self) -> bool:
         """Whether it is a web server's, which is only read from and can't be listed."""
-        return self.scheme in _WEB
+        return self.scheme in WEB
 
     @property
     def _path(self) -> str:
         """Without what a web address carries behind its `?`."""
         return self.url.partition("?")[0] if self.is_web else self.url
+
+    @property
+    def _bare(self) -> str:
+        """What fsspec calls it."""
+        return self.url.rstrip("/") if self.is_web else self.url.partition("://")[2].rstrip("/")
 
     @property
     def name(self) -> str:
@@ -132,12 +123,12 @@ class RemotePath(os.PathLike[str]):
         """Size and version. Raises `StorageError` if nothing is there."""
         found = self._entry()
         if found is None:
-            raise _absent(self)
+            raise self._absent()
         return found
 
     def _entry(self) -> Entry | None:
         try:
-            info = self._ask("reading", "info")
+            info = ask(self.url, "reading", "info", self._bare)
         except FileNotFoundError:
             return None
         return None if info["type"] == "directory" else _as_entry(info)
@@ -156,17 +147,16 @@ class RemotePath(os.PathLike[str]):
 
     def _between(self, after: str, until: str | None) -> list[Entry]:
         """Files by name, from behind one name to another; None: to the end."""
-        bucket, _, path = _bare(self).partition("/")
+        bucket, _, path = self._bare.partition("/")
         prefix = f"{path}/" if path else ""
         where: dict[str, Any] = {"StartAfter": f"{prefix}{after}"} if after else {}
         found: list[Entry] = []
         while True:
             try:
-                page = self._ask(
-                    "listing", "call_s3", "list_objects_v2", Bucket=bucket, Prefix=prefix, Delimiter="/", **where
-                )
+                what: dict[str, Any] = {"Bucket": bucket, "Prefix": prefix, "Delimiter": "/", **where}
+                page = ask(self.url, "listing", "call_s3", "list_objects_v2", **what)
             except FileNotFoundError as error:
-                raise StorageError(f"listing {self} failed: {_text(error)}\n{_REMEDY_PLACE}") from error
+                raise self._without_bucket("listing", error) from error
             for one in page.get("Contents", ()):
                 entry = _as_entry({**one, "name": one["Key"], "size": one["Size"]})
                 if until is not None and entry.name > until:
@@ -180,11 +170,11 @@ class RemotePath(os.PathLike[str]):
         if self.is_web:
             raise StorageError(f"{self}: a web server's files can't be listed; name them: {{000..099}} or @list.txt")
         try:
-            below = f"{_bare(self)}/"
-            found = self._ask("listing", "ls", below, detail=True)
+            below = f"{self._bare}/"
+            found = ask(self.url, "listing", "ls", below, detail=True)
         except FileNotFoundError as error:
-            if _code(error) == "NoSuchBucket":
-                raise StorageError(f"listing {self} failed: {_text(error)}\n{_REMEDY_PLACE}") from error
+            if is_missing_bucket(error):
+                raise self._without_bucket("listing", error) from error
             return []
         # An empty object named like the directory, as some tools make, is no file of it.
         return [one for one in found if one["name"].rstrip("/") != below.rstrip("/").lstrip("/")]
@@ -193,7 +183,7 @@ class RemotePath(os.PathLike[str]):
         """Files whose path below this one matches; `**` is any depth. Raises `StorageError`."""
         if "/" not in pattern and "**" not in pattern:
             return [(self / one.name, one) for one in self.entries() if fnmatch.fnmatchcase(one.name, pattern)]
-        found = self._ask("listing", "glob", f"{_bare(self)}/{pattern}", detail=True)
+        found = ask(self.url, "listing", "glob", f"{self._bare}/{pattern}", detail=True)
         files = ((name, info) for name, info in sorted(found.items()) if info["type"] != "directory")
         return [(RemotePath(f"{self.scheme}://{name}"), _as_entry(info)) for name, info in files]
 
@@ -221,27 +211,21 @@ class RemotePath(os.PathLike[str]):
             return data
 
         try:
-            found: bytes = self._ask("reading", "cat_file", start=start, end=stop, size=stop - start, check=whole)
+            where = {"start": start, "end": stop}
+            found: bytes = ask(self.url, "reading", "cat_file", self._bare, size=stop - start, check=whole, **where)
         except FileNotFoundError as error:
-            raise _absent(self) from error
+            raise self._absent() from error
         return found
 
     def put(self, source: Path) -> None:
         """Make this the content of a local file, at once. Raises `StorageError`."""
         self._writable()
-        size = source.stat().st_size
-        try:
-            self._ask("writing", "put_file", os.fspath(source), _bare(self), size=size, alone=False)
-        except FileNotFoundError as error:
-            raise StorageError(f"writing {self} failed: {_text(error)}\n{_REMEDY_PLACE}") from error
+        self._write("put_file", os.fspath(source), self._bare, size=source.stat().st_size)
 
     def write_bytes(self, data: bytes) -> None:
         """Make this the file's content, at once. Raises `StorageError`."""
         self._writable()
-        try:
-            self._ask("writing", "pipe_file", _bare(self), data, size=len(data), alone=False)
-        except FileNotFoundError as error:
-            raise StorageError(f"writing {self} failed: {_text(error)}\n{_REMEDY_PLACE}") from error
+        self._write("pipe_file", self._bare, data, size=len(data))
 
     def write_new(self, data: bytes) -> bool:
         """Write unless something is there; whether it was written. Of several at once one wins, where the storage
@@ -251,12 +235,10 @@ class RemotePath(os.PathLike[str]):
         if self.is_file():
             return False
         try:
-            self._ask("writing", "pipe_file", _bare(self), data, size=len(data), alone=False, mode="create")
+            self._write("pipe_file", self._bare, data, size=len(data), mode="create")
         except FileExistsError:
             return False
-        except FileNotFoundError as error:
-            raise StorageError(f"writing {self} failed: {_text(error)}\n{_REMEDY_PLACE}") from error
-        except _Unfit:
+        except Unfit:
             self.write_bytes(data)
         return True
 
@@ -264,10 +246,10 @@ class RemotePath(os.PathLike[str]):
         """Delete the file. Raises `StorageError`."""
         self._writable()
         try:
-            self._ask("removing", "rm_file")
+            ask(self.url, "removing", "rm_file", self._bare)
         except FileNotFoundError as error:
             if not missing_ok:
-                raise _absent(self) from error
+                raise self._absent() from error
 
     def mkdir(self, **_: bool) -> None:
         """Nothing: directories of an object storage are there when something is in them."""
@@ -276,61 +258,17 @@ class RemotePath(os.PathLike[str]):
         if self.is_web:
             raise StorageError(f"{self}: a web server is only read from; write to a directory or an object storage")
 
-    def _ask(
-        self,
-        doing: str,
-        verb: str,
-        *arguments: Any,
-        size: int = 0,
-        check: Callable[[Any], Any] | None = None,
-        alone: bool = True,
-        **options: Any,
-    ) -> Any:
-        """`verb` of this path's file system, tried until it succeeds or can't."""
-        import tenacity
-
-        system = _file_system(self.scheme, os.getpid())
-        if alone and not arguments:
-            arguments = (_bare(self),)
-        seconds = _DEADLINE + size / _SLOWEST
-
-        def once() -> Any:
-            found = _call(system, verb, seconds, arguments, options)
-            return found if check is None else check(found)
-
-        retrying = tenacity.Retrying(
-            retry=tenacity.retry_if_exception(_may_pass),
-            wait=tenacity.wait_random_exponential(multiplier=0.2, max=_LONGEST_PAUSE),
-            stop=tenacity.stop_after_attempt(_TRIES),
-            reraise=True,
-        )
+    def _write(self, verb: str, *arguments: Any, size: int, **options: Any) -> None:
         try:
-            return retrying(once)
-        except (FileNotFoundError, FileExistsError):
-            raise
-        except Exception as error:  # each storage has errors of its own
-            if _code(error) in ("PreconditionFailed", "ConditionalRequestConflict", "412"):
-                raise FileExistsError(self.url) from error
-            if options.get("mode") == "create" and isinstance(error, _REFUSED):
-                raise _Unfit from error
-            if isinstance(error, StorageError):
-                raise
-            raise StorageError(f"{doing} {self} failed: {_text(error)}\n{_remedy(error)}") from error
+            ask(self.url, "writing", verb, *arguments, size=size, **options)
+        except FileNotFoundError as error:
+            raise self._without_bucket("writing", error) from error
 
+    def _without_bucket(self, doing: str, error: Exception) -> StorageError:
+        return StorageError(f"{doing} {self} failed: {one_line(error)}\n{CHECK_PLACE}")
 
-class _Unfit(Exception):
-    """The storage doesn't know what was asked of it."""
-
-
-def shown(url: str) -> str:
-    """A URL for people and logs: what may be a secret in it is left out."""
-    scheme, separator, rest = url.partition("://")
-    if scheme.lower() in _WEB and "?" in rest:
-        rest = rest.partition("?")[0] + "?…"
-    host, slash, path = rest.partition("/")
-    if "@" in host and scheme not in ("az", "abfs"):
-        host = "…@" + host.rpartition("@")[2]
-    return f"{scheme}{separator}{host}{slash}{path}"
+    def _absent(self) -> StorageError:
+        return StorageError(f"reading {self} failed: there is no such file\n{CHECK_PLACE}")
 
 
 def entries_of(paths: Iterable[RemotePath]) -> list[Entry | None]:
@@ -353,114 +291,3 @@ def _as_entry(info: dict[str, Any]) -> Entry:
     path = path.partition("?")[0] if path.startswith(("http://", "https://")) else path
     name = posixpath.basename(path.rstrip("/"))
     return Entry(name, int(size), version_number(version) if version else 0)
-
-
-def _bare(path: RemotePath) -> str:
-    return path.url.rstrip("/") if path.is_web else path.url.partition("://")[2].rstrip("/")
-
-
-@lru_cache(maxsize=16)
-def _file_system(scheme: str, process: int) -> Any:
-    """One for each process: connections don't survive a fork."""
-    try:
-        import fsspec
-
-        return fsspec.filesystem(scheme, skip_instance_cache=True, use_listings_cache=False, **_options(scheme))
-    except ImportError as error:
-        missing = f"pip install 'pseudolabel[{EXTRAS[scheme]}]'"
-        raise StorageError(f"{scheme}:// needs a package that is not installed: {missing}") from error
-    except Exception as error:  # of a storage's own kind: no credentials, a broken configuration
-        raise StorageError(f"{scheme}:// can't be used: {_text(error)}\n{_remedy(error)}") from error
-
-
-def _options(scheme: str) -> dict[str, Any]:
-    """Time limits, and no retries of the library's own: they would multiply with those here."""
-    from fsspec.config import conf
-
-    known: dict[str, Any] = conf.get(scheme, {})
-    if scheme == "s3":
-        own: dict[str, Any] = {"connect_timeout": 10, "read_timeout": 30, "retries": {"total_max_attempts": 1}}
-        own["response_checksum_validation"] = "when_required"  # some servers give a piece the sum of the whole
-        importlib.import_module("s3fs")
-        return {"config_kwargs": {**own, **known.get("config_kwargs", {})}}
-    if scheme in _WEB:
-        aiohttp = importlib.import_module("aiohttp")
-        limits = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=30)
-        return {"client_kwargs": {"timeout": limits, "trust_env": True, **known.get("client_kwargs", {})}}
-    return {}
-
-
-def _call(system: Any, verb: str, seconds: float, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
-    """One try. Of a file system that works asynchronously, ended after `seconds`."""
-    if not system.async_impl or verb == "glob":
-        return getattr(system, verb)(*arguments, **options)
-    from fsspec.asyn import sync
-
-    if verb == "ls" and "refresh" in system._ls.__code__.co_varnames:
-        options = {**options, "refresh": True}
-    if hasattr(system, "retries"):
-        system.retries = 1
-    return sync(system.loop, getattr(system, f"_{verb}"), *arguments, timeout=seconds, **options)
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__
-
-
-def _code(error: BaseException) -> str:
-    """What S3 calls the error, or ''."""
-    for one in _causes(error):
-        response = getattr(one, "response", None)
-        if isinstance(response, dict):
-            return str(response.get("Error", {}).get("Code", ""))
-    return ""
-
-
-def _status(error: BaseException) -> int:
-    """The HTTP status, or 0."""
-    for one in _causes(error):
-        response = getattr(one, "response", None)
-        facts = response.get("ResponseMetadata", {}) if isinstance(response, dict) else {}
-        found = facts.get("HTTPStatusCode") or getattr(one, "status", None) or getattr(one, "status_code", None)
-        if isinstance(found, int):
-            return found
-    return 0
-
-
-def _may_pass(error: BaseException) -> bool:
-    """Whether asking again may help."""
-    if not isinstance(error, Exception) or isinstance(error, (StorageError, MemoryError, *_FINAL)):
-        return False
-    if _code(error) in _PASSING_CODES:
-        return True
-    status = _status(error)
-    if status:
-        return status >= 500 or status in _PASSING_STATUS or status < 300
-    if any("Credential" in type(one).__name__ or "ProfileNotFound" in type(one).__name__ for one in _causes(error)):
-        return False
-    return not isinstance(error, _REFUSED)
-
-
-_REMEDY_PLACE = "check the name of the bucket and the path"
-
-
-def _remedy(error: BaseException) -> str:
-    names = " ".join(type(one).__name__ for one in _causes(error))
-    if isinstance(error, PermissionError) or "Credential" in names or _status(error) in (401, 403):
-        return "check the credentials in your environment, and what they are allowed to do there"
-    if isinstance(error, FileNotFoundError):
-        return _REMEDY_PLACE
-    return f"it was tried {_TRIES} times; check the network and the service, then run the same command again"
-
-
-def _absent(path: RemotePath) -> StorageError:
-    return StorageError(f"reading {path} failed: there is no such file\n{_REMEDY_PLACE}")
-
-
-def _text(error: BaseException) -> str:
-    """The error in one line, without what may be a secret."""
-    text = (str(error) or type(error).__name__).splitlines()[0]
-    text = re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\")]+", r"\1?…", text)
-    return re.sub(r"://[^\s/@]+@", "://…@", text)[:300]
