@@ -208,7 +208,7 @@ def as_shards(shards: ShardsLike) -> list[Shard]:
         if not shard.name or shard.name.startswith(".") or "/" in shard.name:
             raise ShardListError(f"{shard.where}: {shard.name!r} can't be a shard's name; take its file's, less .tar")
         other = by_name.setdefault(shard.name, shard)
-        if real_place(other.path) != real_place(shard.path):
+        if other.path != shard.path and real_place(other.path) != real_place(shard.path):
             raise ShardListError(
                 f"two shards are named {shard.name!r}: {other.where} and {shard.where}\n"
                 "a shard's name is its identity in a store: give them different ones"

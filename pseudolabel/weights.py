@@ -46,7 +46,9 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             return load_file(path)
         state: object = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if path.read_bytes()[:2] not in (b"PK", b"\x80\x02"):  # how torch's files begin, new and old
+        with open(path, "rb") as file:
+            begin = file.read(2)
+        if begin != b"PK" and begin[:1] != b"\x80":  # neither torch's archive nor a pickle
             raise SpecError(f"{path}: is no file of weights (a page of HTML?); fetch or save it again") from error
         raise SpecError(
             f"{path}: holds more than tensors, and loading that could run code; convert it to .safetensors"

@@ -94,7 +94,7 @@ def ask(
 def call(system: Any, verb: str, seconds: float, arguments: tuple[Any, ...] = (), options: Any = None) -> Any:
     """One try. Of a file system that works asynchronously, ended after `seconds`, or when all is given up."""
     options = options or {}
-    if not system.async_impl or verb == "glob":
+    if not system.async_impl:
         return getattr(system, verb)(*arguments, **options)
     if verb == "ls" and "refresh" in system._ls.__code__.co_varnames:
         options = {**options, "refresh": True}
