@@ -233,6 +233,24 @@ def test_a_web_server_is_read_from(web: str, tmp_path: Path) -> None:
     assert "secret" not in str(path)
 
 
+def test_a_web_server_that_fails_or_is_gone_is_not_taken_for_a_missing_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fsspec calls it FileNotFoundError, whatever it was."""
+    monkeypatch.setattr(asking, "_LONGEST_PAUSE", 0.05)
+    (tmp_path / "data.bin").write_bytes(b"123")
+    with web_server(tmp_path, ranges=True) as address:
+        proxy = Proxy(address)
+        path = storage.location(f"{proxy.url}/data.bin")
+        proxy.fail("503", "HEAD|GET", times=4)
+        assert path.exists()
+        assert not (path.parent / "none").exists()
+        proxy.close()
+        with pytest.raises(StorageError, match="it was tried 7 times"):
+            path.exists()
+    asking.file_system.cache_clear()
+
+
 def test_what_a_web_server_can_not_do_is_said(web: str, tmp_path: Path) -> None:
     (tmp_path / "secret.bin").write_bytes(b"x")
     place = storage.location(web)

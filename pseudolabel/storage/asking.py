@@ -69,7 +69,12 @@ def ask(
     seconds = _DEADLINE + size / _SLOWEST
 
     def once() -> Any:
-        found = call(system, verb, seconds, arguments, options)
+        try:
+            found = call(system, verb, seconds, arguments, options)
+        except FileNotFoundError as error:  # of the web's files fsspec says so whatever went wrong
+            if error.__cause__ is not None and url.startswith(WEB) and _status(error) not in (404, 410):
+                raise error.__cause__ from None
+            raise
         return found if check is None else check(found)
 
     retrying = tenacity.Retrying(
