@@ -72,7 +72,7 @@ def test_only_the_outside_imports_the_outside() -> None:
     ("package", "home"),
     [
         ("webdataset", {"shards"}),
-        ("duckdb", set()),
+        ("duckdb", {"database"}),
         ("plotly", {"report"}),
         ("torchmetrics", {"evaluate"}),
         ("timm", {"teachers.timm"}),

@@ -1,0 +1,48 @@
+"""DuckDB, for what doesn't fit into memory: sorting and counting the rows of a whole store.
+
+A database lives in a scratch directory (under TMPDIR) for as long as one question takes. It spills to disk beyond its
+share of memory, fetches no extensions, and uses as many threads as this process may use cores.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pseudolabel.errors import StorageError
+
+if TYPE_CHECKING:
+    from duckdb import DuckDBPyConnection
+
+MEMORY = 400 << 20
+"""Bytes that a database may hold before it spills."""
+
+
+@contextmanager
+def scratch_database(memory: int = MEMORY) -> Iterator[DuckDBPyConnection]:
+    """A connection to an empty database, gone afterwards. Raises `StorageError` for a full disk, and whatever duckdb
+    raises for a question that is wrong.
+    """
+    import duckdb
+
+    with tempfile.TemporaryDirectory(prefix="pseudolabel-duckdb-") as scratch:
+        settings: dict[str, str | bool | int | float | list[str]] = {
+            "memory_limit": f"{memory}B",
+            "threads": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+            "temp_directory": scratch,
+            "autoinstall_known_extensions": False,
+        }
+        connection = duckdb.connect(str(Path(scratch) / "scratch.duckdb"), config=settings)
+        try:
+            yield connection
+        except (duckdb.IOException, duckdb.OutOfMemoryException) as error:
+            raise StorageError(
+                f"{scratch}: the scratch database failed: {str(error).splitlines()[0]}\nset TMPDIR to a disk with "
+                "more space"
+            ) from error
+        finally:
+            connection.close()
