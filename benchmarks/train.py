@@ -35,8 +35,9 @@ from pseudolabel.demo import bundled
 from pseudolabel.engines.local import LocalEngine, available_cores
 from pseudolabel.inputs import TrainingData, gather
 from pseudolabel.interfaces import LoadedTeacher
-from pseudolabel.labels.encodings import Dense, StoredTargets
+from pseudolabel.labels.encodings import Dense
 from pseudolabel.labels.store import open_store
+from pseudolabel.labels.targets import StoredTargets
 from pseudolabel.loop import TrainingLoop
 from pseudolabel.pack import pack
 from pseudolabel.rundir import RunDirectory

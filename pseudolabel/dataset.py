@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow as pa
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -19,8 +18,10 @@ from torchvision.transforms import v2
 
 from pseudolabel.errors import LabelError, PseudolabelError
 from pseudolabel.inputs import TrainingData, TrainingShard, join, read_label
-from pseudolabel.labels.encodings import StoredTargets, parse_encoding
+from pseudolabel.labels.encodings import parse_encoding
 from pseudolabel.labels.store import Store
+from pseudolabel.labels.targets import StoredTargets
+from pseudolabel.labels.tensors import to_torch
 from pseudolabel.losses import NO_LABEL
 from pseudolabel.order import WINDOW_SHARDS, RowOrder, derive_seeds
 from pseudolabel.settings import AugmentSettings
@@ -79,7 +80,7 @@ class _OpenShard:
             names = ["key", "index", "pred", *(field.name for field in encoding.fields(num_classes))]
             part = store.read_view(source.shard.name, names)
             self.positions = join(self.file, part, store.read_rejects(source.shard.name))
-            self.columns = {name: _to_torch(part[name]) for name in names[2:]}
+            self.columns = {"pred": to_torch(part["pred"]), **encoding.tensors(part, num_classes)}
         labels = [read_label(self.file, index, num_classes) if labeled else NO_LABEL for index in self.positions]
         self.labels = torch.tensor(labels, dtype=torch.int64)
 
@@ -92,17 +93,6 @@ class _OpenShard:
                 f"{self.file.shard.where}: training sample {self.file.keys[position]!r} can't be "
                 f"decoded: {error}; remove or replace it"
             ) from error
-
-
-def _to_torch(column: pa.ChunkedArray) -> Tensor:
-    """A column as a tensor (N,) or (N, K)."""
-    array = column.combine_chunks()
-    if pa.types.is_fixed_size_list(array.type):
-        width = array.type.list_size
-        values = array.flatten().to_numpy(zero_copy_only=False)
-        values = values.astype(np.int32) if values.dtype == np.uint16 else values
-        return torch.from_numpy(values.astype(np.int64) if values.dtype == np.uint32 else values.copy()).view(-1, width)
-    return torch.from_numpy(array.to_numpy(zero_copy_only=False).copy())
 
 
 class _Rows:

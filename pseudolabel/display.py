@@ -208,12 +208,13 @@ def print_encodings(plan: Plan, file: Any) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    temperatures = plan.encodings[-1].kl  # of dense
     table = Table(box=None, pad_edge=False, title="KL(full || stored), mean, in nats", title_justify="right")
-    for title in ("encoding", "", "bytes/row", "store", *(f"T={at}" for at in plan.encodings[0].kl)):
+    for title in ("encoding", "", "bytes/row", "store", *(f"T={at}" for at in temperatures)):
         table.add_column(title, justify="left" if title in ("encoding", "") else "right")
     for row in plan.encodings:
         mark = "chosen" if row.chosen else ""
-        lost = (f"{value:.2g}" for value in row.kl.values())
+        lost = (f"{row.kl[at]:.2g}" if at in row.kl else "" for at in temperatures)
         table.add_row(row.encoding, mark, f"{row.bytes_per_row:,.1f}", _size(row.store_bytes), *lost)
     Console(file=file, highlight=False, width=max(Console().width, 90)).print(table)
 

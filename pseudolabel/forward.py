@@ -10,7 +10,7 @@ A batch that doesn't fit the device's memory is run in halves, and so are the la
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,8 @@ from torch.nn import functional as F
 
 from pseudolabel.errors import OutOfMemory, SpecError
 from pseudolabel.interfaces import Encoding, LoadedMembers, LoadedTeacher
-from pseudolabel.labels.encodings import divergence, parse_encoding, summarize
+from pseudolabel.labels.encodings import parse_encoding
+from pseudolabel.labels.facts import divergence, summarize
 from pseudolabel.precision import autocast
 from pseudolabel.settings import AnnotateSettings
 
@@ -55,11 +56,14 @@ class Forward:
         """Whether a batch had to be run in pieces, for want of memory."""
         return self._at_most is not None
 
-    def start(self, inputs: tuple[Tensor, ...]) -> UnderWay:
-        """Set a batch of prepared inputs (uint8, on the host) going. Raises `OutOfMemory` if not even one row fits."""
+    def start(self, inputs: tuple[Tensor, ...], seeds: Sequence[int] | None = None) -> UnderWay:
+        """Set a batch of prepared inputs (uint8, on the host) going; `seeds` of its rows decide what an encoding draws
+        (zeros where nobody keeps the labels). Raises `OutOfMemory` if not even one row fits.
+        """
         with torch.inference_mode():
+            seed_B = torch.tensor(seeds, dtype=torch.int64) if seeds is not None else torch.zeros(len(inputs[0])).long()
             if not self._streams:
-                return UnderWay(self._columns(inputs))
+                return UnderWay(self._columns(inputs, seed_B))
             into, out = self._streams
             with torch.cuda.stream(into):
                 there = tuple(one.to(self._device, non_blocking=True) for one in inputs)
@@ -67,7 +71,7 @@ class Forward:
             main.wait_stream(into)
             for one in there:
                 one.record_stream(main)
-            columns = self._columns(there)
+            columns = self._columns(there, seed_B.to(self._device))
             out.wait_stream(main)
             with torch.cuda.stream(out):
                 host = {name: _to_pinned(column) for name, column in columns.items()}
@@ -98,12 +102,12 @@ class Forward:
             for clean, mirrored in zip(outputs, flipped, strict=True)
         )
 
-    def _columns(self, inputs: tuple[Tensor, ...]) -> Columns:
+    def _columns(self, inputs: tuple[Tensor, ...], seed_B: Tensor) -> Columns:
         logits_BC, *members = self.logits(inputs)
-        columns = encoded(self._encoding, logits_BC)
+        columns = encoded(self._encoding, logits_BC, seed_B)
         for number, member_BC in enumerate(members):
             columns["finite"] &= torch.isfinite(member_BC).all(dim=-1)
-            own = self._encoding.encode(member_BC)
+            own = self._encoding.encode(member_BC, seed_B + number + 1)
             columns |= {_member_column(number, name): column for name, column in own.items()}
         return columns
 
@@ -145,11 +149,11 @@ class Forward:
         return tuple(one[:rows] for one in outputs)
 
 
-def encoded(encoding: Encoding, logits_BC: Tensor) -> Columns:
-    """A part's columns of a batch, with `finite` (B,) and `divergence` (B, 3) beside them. Rows that aren't finite hold
-    nonsense and are to be dropped.
+def encoded(encoding: Encoding, logits_BC: Tensor, seed_B: Tensor) -> Columns:
+    """A part's columns of a batch, with `finite` (B,) and `divergence` (B, temperatures) beside them. Rows that aren't
+    finite hold nonsense and are to be dropped.
     """
-    columns = encoding.encode(logits_BC)
+    columns = encoding.encode(logits_BC, seed_B)
     return {
         **summarize(logits_BC),
         **columns,

@@ -5,7 +5,7 @@
     Loss      how far a student's logits are from soft targets, row by row
     Engine    where work runs: it maps a function over items, in this process or in many
 
-The verbs (`annotate`, `train`, `evaluate`) see only these; `teachers/`, `labels/encodings.py`, `losses.py` and
+The verbs (`annotate`, `train`, `evaluate`) see only these; `teachers/`, `labels/`, `losses.py` and
 `engines/` implement them.
 
 Shape suffixes: B batch, C classes, K kept classes, M compared classes (C, or K + 1 with the tail as a bucket),
@@ -89,16 +89,36 @@ class Encoding(Protocol):
         """The spec that makes it, such as `topk:10`."""
         ...
 
+    @property
+    def draws(self) -> bool:
+        """Whether what it keeps is drawn at random: then classes that weren't drawn have no probability."""
+        ...
+
+    @property
+    def temperatures(self) -> tuple[float, ...]:
+        """At which it is measured what storing lost."""
+        ...
+
     def check(self, num_classes: int) -> None:
         """Raise `SpecError` if it makes no sense for so many classes."""
+        ...
+
+    def check_temperature(self, temperature: float) -> None:
+        """Raise `SpecError` if it can't say what the teacher's probabilities are at this temperature."""
         ...
 
     def fields(self, num_classes: int) -> list[pa.Field]:
         """The Parquet columns it writes."""
         ...
 
-    def encode(self, logits_BC: Tensor) -> dict[str, Tensor]:
-        """Finite float32 logits → a tensor per column, on the same device."""
+    def encode(self, logits_BC: Tensor, seed_B: Tensor) -> dict[str, Tensor]:
+        """Finite float32 logits, and each row's seed (int64) for those that draw → a tensor per column, on the same
+        device.
+        """
+        ...
+
+    def tensors(self, table: pa.Table, num_classes: int) -> dict[str, Tensor]:
+        """Its columns of a part as tensors, as `encode` made them."""
         ...
 
     def full_log_probs(self, columns: Mapping[str, Tensor], temperature: float, num_classes: int) -> Tensor:
@@ -106,9 +126,11 @@ class Encoding(Protocol):
         ...
 
     def log_probs(
-        self, columns: Mapping[str, Tensor], student_logits_BC: Tensor, temperature: float
+        self, columns: Mapping[str, Tensor], student_log_probs_BC: Tensor, temperature: float
     ) -> tuple[Tensor, Tensor]:
-        """Teacher's and student's log-probabilities over the same M outcomes, both (B, M), float32 or wider."""
+        """The teacher's log-probabilities at a temperature and those of a student, given at its own, over the same M
+        outcomes, both (B, M), float32 or wider.
+        """
         ...
 
 
@@ -121,7 +143,7 @@ class SoftTargets(Protocol):
         ...
 
     def log_probs(self, student_logits_BC: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """As `Encoding.log_probs`."""
+        """Teacher's and student's log-probabilities at this temperature over the same M outcomes, both (B, M)."""
         ...
 
 

@@ -39,6 +39,7 @@ from pseudolabel.shard_lists import Shard
 from pseudolabel.shards import fetched_ahead
 from pseudolabel.stages import Stages
 from pseudolabel.views.augment import ViewPlan, preprocessings
+from pseudolabel.views.draw import row_seeds
 from pseudolabel.views.image import PrepareFor
 from pseudolabel.views.photometric import parse_policy
 
@@ -109,7 +110,7 @@ def annotate_shard(
     for batch in decode_shard(shard, _decoding(teacher, settings)):
         if isinstance(batch, ShardEnd):
             return builder.finish(batch)
-        builder.add(batch, forward.finish(forward.start(batch.inputs)) if batch.inputs else None)
+        builder.add(batch, forward.finish(_started(forward, batch)) if batch.inputs else None)
     raise AssertionError("a shard's batches end with a ShardEnd")
 
 
@@ -189,7 +190,7 @@ class _Line:
             return _Step(shard, entry, builder)
         self._builder = self._builder or self.new_builder(shard)
         with self.stages.during("forward"):
-            return _Step(shard, entry, self._builder, self.forward.start(entry.inputs) if entry.inputs else None)
+            return _Step(shard, entry, self._builder, _started(self.forward, entry) if entry.inputs else None)
 
     def _settle(self, step: _Step, writer: ThreadPoolExecutor) -> Iterator[Progress]:
         if isinstance(step.entry, DamagedShard):
@@ -252,6 +253,11 @@ def _decoding(teacher: LoadedTeacher, settings: AnnotateSettings) -> Decoding:
     except SpecError:  # a teacher of one's own, which prepares images as it likes
         prepare = teacher.prepare
     return Decoding(settings.samples_per_batch, prepare, augment, plan.shrink_to)
+
+
+def _started(forward: Forward, batch: DecodedBatch) -> UnderWay:
+    rows = [(key, view.number) for key, views in zip(batch.keys, batch.views, strict=True) for view in views]
+    return forward.start(batch.inputs, row_seeds([key for key, _ in rows], [view for _, view in rows]))
 
 
 def _builder(shard: Shard, teacher: LoadedTeacher, settings: AnnotateSettings, fingerprint: str) -> PartBuilder:

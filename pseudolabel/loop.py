@@ -180,7 +180,7 @@ class TrainingLoop:
         loss = self._mixture(
             logits_BC,
             batch.labels_B,
-            batch.targets,
+            batch.targets.read_as(self._settings.tail) if batch.targets is not None else None,
             batch.soft_weight_B,
             num_labeled=batch.num_labeled,
             num_soft=batch.num_soft,

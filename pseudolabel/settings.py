@@ -41,7 +41,7 @@ class AnnotateSettings(Settings):
     Of the view settings, `view_seed`, `view_policy` and `crop_scale` decide nothing while `views` is 1.
     """
 
-    encoding: str = Field("dense", description="dense, or topk:K: how logits are stored")
+    encoding: str = Field("dense", description="how logits are stored: dense, dense8, topk:K or sampled:N")
     batch_size: Annotated[int | Literal["auto"] | None, BeforeValidator(_check_batch_size)] = Field(
         None, description="images per forward pass, or auto: probed; if not given 256, on a CPU 32 to 256 by their size"
     )
@@ -107,6 +107,10 @@ class TrainSettings(Settings):
     )
     alpha: Fraction = Field(0.9, description="weight of the soft labels against the labels")
     temperature: float = Field(2.0, ge=0.01, le=1000.0, description="temperature of the soft labels")
+    tail: Literal["bucket", "uniform"] = Field(
+        "bucket",
+        description="of labels that leave classes out: these as one outcome, or each with an even part of what is left",
+    )
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="adamw, or sgd with Nesterov momentum 0.9")
     lr: Positive = Field(2e-3, description="peak learning rate")
     weight_decay: float = Field(0.05, ge=0, description="decoupled for adamw; not applied to norms and biases")

@@ -25,6 +25,7 @@ from pseudolabel.dataset import TrainingBatches
 from pseudolabel.distributed import Team
 from pseudolabel.errors import LabelError, LaunchError
 from pseudolabel.inputs import TrainingData, TrainingShard, check_names, gather
+from pseudolabel.labels.encodings import parse_encoding
 from pseudolabel.labels.store import Store, open_store
 from pseudolabel.loop import TrainingLoop, TrainProgress
 from pseudolabel.rundir import RunDirectory
@@ -88,6 +89,8 @@ def train(
     card = ModelCard(settings.student, names, preprocessing_of(settings))
     check_names(val, names)
     validation = Validation(val, card.preprocessing, len(names), device, team) if val else None
+    if store is not None and settings.loss != "hard":
+        parse_encoding(store.identity.encoding).check_temperature(settings.temperature)
     if store is not None and settings.alpha == 0 and settings.labeled_fraction == 0:
         raise LabelError("alpha 0 leaves out the soft labels and labeled fraction 0 the labels: nothing to learn from")
     steps = _number_of_steps(settings, data)

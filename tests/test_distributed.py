@@ -24,8 +24,9 @@ from pseudolabel.distributed import Team
 from pseudolabel.engines.local import available_cores
 from pseudolabel.errors import LaunchError
 from pseudolabel.inputs import TrainingData, check_annotated, check_labeled
-from pseudolabel.labels.encodings import Dense, StoredTargets
+from pseudolabel.labels.encodings import Dense
 from pseudolabel.labels.store import open_store
+from pseudolabel.labels.targets import StoredTargets
 from pseudolabel.losses import NO_LABEL, Mixture
 from pseudolabel.rundir import read_metrics
 from pseudolabel.settings import AugmentSettings, TrainSettings

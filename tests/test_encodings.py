@@ -14,9 +14,11 @@ from hypothesis.extra import numpy as npst
 
 from pseudolabel.errors import SpecError
 from pseudolabel.interfaces import Encoding
-from pseudolabel.labels.encodings import Dense, TopK, divergence, fidelity, parse_encoding, summarize
+from pseudolabel.labels.encodings import TEMPERATURES, Dense, Dense8, TopK, parse_encoding
+from pseudolabel.labels.facts import divergence, fidelity, summarize
+from pseudolabel.labels.tensors import to_arrow
 
-ENCODINGS = ["dense", "topk:1", "topk:3", "topk:5"]
+ENCODINGS = ["dense", "dense8", "topk:1", "topk:3", "topk:5", "sampled:1", "sampled:20", "sampled:300@2"]
 _logits = npst.arrays(
     np.float32,
     st.tuples(st.integers(1, 6), st.integers(5, 40)),
@@ -30,13 +32,19 @@ def test_contract(name: str, array: np.ndarray) -> None:
     """Whatever finite logits come: promised columns, finite values, proper distributions, argmax kept."""
     encoding, logits = parse_encoding(name), torch.from_numpy(array)
     rows, classes = logits.shape
-    columns = encoding.encode(logits)
-    assert list(columns) == [field.name for field in encoding.fields(classes)]
+    assert encoding.name == name
+    columns = _encode(encoding, logits)
+    fields = encoding.fields(classes)
+    assert list(columns) == [field.name for field in fields]
     assert all(torch.isfinite(column).all() and len(column) == rows for column in columns.values())
-    for temperature in (0.5, 1.0, 2.0, 4.0):
+    written = pa.table([to_arrow(columns[field.name], field.type) for field in fields], schema=pa.schema(fields))
+    for column, read in encoding.tensors(written, classes).items():
+        torch.testing.assert_close(read, columns[column], check_dtype=False)
+    for temperature in encoding.temperatures if encoding.draws else (0.5, 1.0, 2.0, 4.0):
+        encoding.check_temperature(temperature)
         full = encoding.full_log_probs(columns, temperature, classes)
         torch.testing.assert_close(full.exp().sum(-1), torch.ones(rows), rtol=1e-4, atol=1e-4)
-        teacher, student = encoding.log_probs(columns, torch.randn(rows, classes), temperature)
+        teacher, student = encoding.log_probs(columns, torch.randn(rows, classes).log_softmax(-1), temperature)
         assert teacher.shape == student.shape
         for side in (teacher, student):
             torch.testing.assert_close(side.exp().sum(-1), torch.ones(rows), rtol=1e-4, atol=1e-4)
@@ -47,23 +55,23 @@ def test_contract(name: str, array: np.ndarray) -> None:
 def test_dense_costs_less_than_a_millionth_of_a_nat_where_it_counts(array: np.ndarray) -> None:
     """float16 after subtracting the maximum: the error is relative to the distance from the top."""
     logits = torch.from_numpy(array)
-    lost = divergence(Dense(), Dense().encode(logits), logits)
+    lost = divergence(Dense(), _encode(Dense(), logits), logits)
     assert float(lost.max()) < 2e-5
     typical = 4 * torch.randn(256, 1000, generator=torch.Generator().manual_seed(0))
-    assert float(divergence(Dense(), Dense().encode(typical), typical).mean()) < 1e-6
+    assert float(divergence(Dense(), _encode(Dense(), typical), typical).mean()) < 1e-6
 
 
 def test_a_large_constant_does_not_hurt() -> None:
     """float16 of raw logits would be infinite."""
     logits = torch.tensor([[1e5 + 2.0, 1e5, 1e5 - 3.0]])
-    full = Dense().full_log_probs(Dense().encode(logits), 1.0, 3)
+    full = Dense().full_log_probs(_encode(Dense(), logits), 1.0, 3)
     torch.testing.assert_close(full, torch.log_softmax(torch.tensor([[2.0, 0.0, -3.0]]), -1), rtol=1e-3, atol=1e-3)
 
 
 def test_topk_at_temperature_one_keeps_the_tails_mass_exactly() -> None:
     """The moments alone would be off for a skewed tail; lse makes T = 1 exact."""
     logits = torch.tensor([[9.0, 8.0, 5.0, -20.0, -20.0, 4.9, -20.0]])
-    full = TopK(2).full_log_probs(TopK(2).encode(logits), 1.0, 7).exp()
+    full = TopK(2).full_log_probs(_encode(TopK(2), logits), 1.0, 7).exp()
     wanted = torch.softmax(logits, -1)
     assert float(full[0, 2:].sum()) == pytest.approx(float(wanted[0, 2:].sum()), rel=1e-3)
     torch.testing.assert_close(full[0, :2], wanted[0, :2], rtol=1e-3, atol=1e-4)
@@ -75,7 +83,7 @@ def test_topk_tail_mass_follows_the_moments(temperature: float) -> None:
     logits = torch.cat([torch.tensor([6.0, 5.0]), torch.randn(998, generator=torch.Generator().manual_seed(3)) - 3])[
         None
     ]
-    columns = TopK(2).encode(logits)
+    columns = _encode(TopK(2), logits)
     tail = logits[0, 2:] - 6.0
     assert float(columns["tail_mean"]) == pytest.approx(float(tail.mean()), rel=1e-5)
     assert float(columns["tail_var"]) == pytest.approx(float(tail.var(correction=0)), rel=1e-4)
@@ -87,7 +95,7 @@ def test_a_wild_tail_stays_below_what_its_largest_logit_allows() -> None:
     """One logit at −1 and the rest at −60000: the variance alone would send the tail's mass to infinity."""
     logits = torch.full((1, 50), -60000.0)
     logits[0, :3] = torch.tensor([0.0, -0.5, -1.0])
-    full = TopK(2).full_log_probs(TopK(2).encode(logits), 2.0, 50).exp()
+    full = TopK(2).full_log_probs(_encode(TopK(2), logits), 2.0, 50).exp()
     assert torch.isfinite(full).all()
     assert float(full[0, 0]) > float(full[0, 2:].max())
 
@@ -99,7 +107,7 @@ def test_a_tiny_tail_never_vanishes(temperature: float) -> None:
     logits = torch.cat(
         [12 + torch.randn(4000, 1, generator=generator), 2 * torch.randn(4000, 9, generator=generator)], -1
     )
-    columns = TopK(5).encode(logits)
+    columns = _encode(TopK(5), logits)
     full = TopK(5).full_log_probs(columns, temperature, 10)
     assert torch.isfinite(full).all()
     assert torch.isfinite(divergence(TopK(5), columns, logits)).all()
@@ -113,7 +121,33 @@ def test_class_ids_beyond_int16_and_float16_survive() -> None:
     encoding = TopK(2)
     assert encoding.fields(70_000)[0].type == pa.list_(pa.uint32(), 2)
     assert encoding.fields(65_536)[0].type == pa.list_(pa.uint16(), 2)
-    assert encoding.encode(logits)["topk_id"].tolist() == [[69_999, 40_001]]
+    assert _encode(encoding, logits)["topk_id"].tolist() == [[69_999, 40_001]]
+
+
+@given(array=npst.arrays(np.float32, (4, 12), elements=st.floats(-30, 30, width=32)))
+def test_dense8_is_within_half_a_level(array: np.ndarray) -> None:
+    logits = torch.from_numpy(array)
+    wanted = (logits - logits.amax(-1, keepdim=True)).double()
+    columns = _encode(Dense8(), logits)
+    stored = columns["logit_min"].double()[:, None] * (1 - columns["logits8"].double() / 255)
+    level = -wanted.amin(-1, keepdim=True) / 255
+    assert bool(((stored - wanted).abs() <= 0.5001 * level + 1e-5).all())
+    assert bool((columns["logits8"].amax(-1) == 255).all()), "the largest logit is exact"
+
+
+def test_dense8_spends_no_levels_on_what_weighs_nothing() -> None:
+    """One logit at −60000 would leave all others a single level, and a KL of 0.3."""
+    logits = torch.tensor([[0.0, -1.0, -2.0, -60000.0]])
+    assert float(divergence(Dense8(), _encode(Dense8(), logits), logits).max()) < 0.01
+    equal = torch.full((1, 3), 7.0)
+    torch.testing.assert_close(
+        Dense8().full_log_probs(_encode(Dense8(), equal), 1.0, 3), torch.full((1, 3), -math.log(3))
+    )
+
+
+def test_dense8_loses_little_on_what_teachers_say() -> None:
+    typical = 4 * torch.randn(256, 1000, generator=torch.Generator().manual_seed(0))
+    assert float(divergence(Dense8(), _encode(Dense8(), typical), typical).mean(-1).max()) < 1e-3
 
 
 def test_summary_columns() -> None:
@@ -130,17 +164,31 @@ def test_fidelity_is_measured_not_assumed() -> None:
     logits = 3 * torch.randn(500, 100, generator=torch.Generator().manual_seed(0))
     figures = {}
     for kept in (5, 20):
-        lost = divergence(TopK(kept), TopK(kept).encode(logits), logits)
-        figures[kept] = fidelity(lost)
+        lost = divergence(TopK(kept), _encode(TopK(kept), logits), logits)
+        figures[kept] = fidelity(lost, TEMPERATURES)
         full = torch.log_softmax(logits.double(), -1)
-        stored = TopK(kept).full_log_probs(TopK(kept).encode(logits), 1.0, 100).double()
+        stored = TopK(kept).full_log_probs(_encode(TopK(kept), logits), 1.0, 100).double()
         wanted = (full.exp() * (full - stored)).sum(-1)
         assert figures[kept]["mean"]["1"] == pytest.approx(float(wanted.mean()), rel=1e-4)
         assert figures[kept]["p99"]["1"] == pytest.approx(float(wanted.quantile(0.99)), rel=1e-3)
     assert figures[20]["mean"]["1"] < figures[5]["mean"]["1"]
 
 
-@pytest.mark.parametrize("spec", ["", "dens", "topk", "topk:", "topk:0", "topk:-3", "topk:1.5", "topk:x", "DENSE"])
+_NO_DRAWS = [
+    "sampled",
+    "sampled:",
+    "sampled:0",
+    "sampled:70000",
+    "sampled:5@",
+    "sampled:5@0",
+    "sampled:5@-1",
+    "sampled:5@x",
+]
+
+
+@pytest.mark.parametrize(
+    "spec", ["", "dens", "topk", "topk:", "topk:0", "topk:-3", "topk:1.5", "topk:x", "DENSE", "dense16", *_NO_DRAWS]
+)
 def test_nonsense_specs_are_refused(spec: str) -> None:
     with pytest.raises(SpecError, match="topk:K"):
         parse_encoding(spec)
@@ -150,3 +198,7 @@ def test_more_kept_than_there_are_is_refused() -> None:
     encoding: Encoding = TopK(11)
     with pytest.raises(SpecError, match="only 10 classes"):
         encoding.check(10)
+
+
+def _encode(encoding: Encoding, logits_BC: torch.Tensor) -> dict[str, torch.Tensor]:
+    return encoding.encode(logits_BC, torch.arange(len(logits_BC)))

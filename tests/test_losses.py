@@ -13,9 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pseudolabel.errors import SpecError
-from pseudolabel.labels.encodings import Dense, StoredTargets, TopK, summarize
+from pseudolabel.interfaces import Encoding
+from pseudolabel.labels.encodings import Dense, TopK
+from pseudolabel.labels.facts import summarize
+from pseudolabel.labels.targets import StoredTargets
 from pseudolabel.losses import NO_LABEL, Mixture, hard, kd, kd_loss, parse_loss
 
+TAILS = ["bucket", "uniform"]
 VECTORS = json.loads((Path(__file__).parent / "kd_vectors.json").read_text())
 
 
@@ -74,14 +78,14 @@ def test_no_gradient_reaches_the_teacher() -> None:
     assert teacher.grad is None
 
 
-@given(st.integers(0, 1000), st.sampled_from([1.0, 2.0, 4.0, 0.5]), st.integers(2, 30))
-def test_topk_over_all_classes_is_the_dense_loss(seed: int, temperature: float, classes: int) -> None:
+@given(st.integers(0, 1000), st.sampled_from([1.0, 2.0, 4.0, 0.5]), st.integers(2, 30), st.sampled_from(TAILS))
+def test_topk_over_all_classes_is_the_dense_loss(seed: int, temperature: float, classes: int, tail: str) -> None:
     """K = C has no tail, K = C − 1 a tail of one class: both are exact at every temperature."""
     generator = torch.Generator().manual_seed(seed)
     teacher, student = (3 * torch.randn(5, classes, generator=generator) for _ in range(2))
     dense = kd(student, _targets(Dense(), teacher), temperature)
     for kept in {classes, classes - 1}:
-        sparse = kd(student, _targets(TopK(kept), teacher), temperature)
+        sparse = kd(student, _targets(TopK(kept), teacher, tail=tail), temperature)
         torch.testing.assert_close(sparse, dense, rtol=2e-3, atol=2e-3)  # float16 logits
 
 
@@ -151,5 +155,6 @@ def test_an_unknown_loss_names_the_nearest() -> None:
         parse_loss("hrad")
 
 
-def _targets(encoding: Dense | TopK, logits: torch.Tensor) -> StoredTargets:
-    return StoredTargets(encoding, {"pred": summarize(logits)["pred"], **encoding.encode(logits)})
+def _targets(encoding: Encoding, logits: torch.Tensor, *, tail: str = "bucket") -> StoredTargets:
+    columns = encoding.encode(logits, torch.arange(len(logits)))
+    return StoredTargets(encoding, {"pred": summarize(logits)["pred"], **columns}, tail)

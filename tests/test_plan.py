@@ -114,7 +114,7 @@ def test_bytes_of_real_images_and_a_trained_teacher(tmp_path: Path) -> None:
     write_shard(tmp_path / "shards" / "s.tar", ((f"{row:06d}", {"png": png}) for row, png in enumerate(images)))
     teacher = bundled("data/fashion-mnist") / "teacher"
     found = _plan(tmp_path / "shards", teacher, probe_samples=len(images) // 4)
-    assert [row.encoding for row in found.encodings] == ["topk:5", "dense"]
+    assert [row.encoding for row in found.encodings] == ["topk:5", "dense8", "dense"]
     for row in found.encodings:
         actual = _annotated_bytes(tmp_path / "shards", teacher, tmp_path / row.encoding, row.encoding)
         assert row.store_bytes == pytest.approx(actual, rel=0.1)
@@ -129,7 +129,7 @@ def test_bytes_of_a_teacher_whose_logits_are_all_but_equal(tmp_path: Path, make_
     found = plan(tmp_path / "shards", uri, engine=engine, settings=settings, probe_seconds=0, label_seconds=100)
     annotate(tmp_path / "shards", uri, tmp_path / "store", engine=engine, settings=settings)
     assert found.store_bytes == pytest.approx(_bytes_of(tmp_path / "store"), rel=0.1)
-    assert [row.encoding for row in found.encodings][-2:] == ["topk:100", "dense"]
+    assert [row.encoding for row in found.encodings][-3:] == ["topk:100", "dense8", "dense"]
 
 
 def test_bytes_of_many_short_shards(tmp_path: Path, make_shard: MakeShard, teacher_dir: Path) -> None:
@@ -153,10 +153,11 @@ def test_a_row_of_the_table_is_what_a_store_in_that_encoding_says_of_itself(
     make_shard("s", _some(300))
     teacher = make_model(tmp_path / "teacher", classes=60)
     found = _plan(tmp_path / "shards", teacher, "topk:7")
-    assert [row.encoding for row in found.encodings] == ["topk:5", "topk:7", "topk:10", "topk:20", "topk:50", "dense"]
+    kept = [f"topk:{number}" for number in (5, 7, 10, 20, 50)]
+    assert [row.encoding for row in found.encodings] == [*kept, "dense8", "dense"]
     assert [row.encoding for row in found.encodings if row.chosen] == ["topk:7"]
     for row in found.encodings:
-        if row.encoding in ("topk:7", "topk:50", "dense"):
+        if row.encoding in ("topk:7", "topk:50", "dense8", "dense"):
             _annotated_bytes(tmp_path / "shards", teacher, tmp_path / row.encoding, row.encoding)
             summary = summarize_store(open_store(tmp_path / row.encoding))
             assert row.bytes_per_row == pytest.approx(summary.bytes_per_row, rel=0.02)
@@ -353,13 +354,15 @@ def test_one_sample(tmp_path: Path, make_shard: MakeShard) -> None:
     assert found.store_bytes == pytest.approx(_annotated_bytes(tmp_path / "shards", teacher, tmp_path / "s"), rel=0.02)
 
 
-def test_two_classes_leave_nothing_to_drop(tmp_path: Path, make_shard: MakeShard) -> None:
+def test_two_classes_leave_little_to_drop(tmp_path: Path, make_shard: MakeShard) -> None:
     make_shard("s", _some(20))
     teacher = make_model(tmp_path / "teacher", classes=2)
     found = _plan(tmp_path / "shards", teacher)
-    assert [row.encoding for row in found.encodings] == ["dense"]
-    assert found.recommended == "dense"
-    assert [row.encoding for row in _plan(tmp_path / "shards", teacher, "topk:2").encodings] == ["topk:2", "dense"]
+    assert [row.encoding for row in found.encodings] == ["dense8", "dense"]
+    assert found.recommended == "dense", "four bytes of scale are more than two of logits"
+    drawn = _plan(tmp_path / "shards", teacher, "sampled:9")
+    assert [row.encoding for row in drawn.encodings] == ["sampled:9", "dense8", "dense"]
+    assert list(drawn.encodings[0].kl) == ["1"]
 
 
 def test_the_store_to_go_on_with_is_subtracted(
@@ -428,7 +431,7 @@ def test_the_command_and_its_json(tmp_path: Path, corpus: Path, teacher_dir: Pat
     assert (found["samples"], found["rejects"], found["shards"], found["workers"]) == (72, 0, 3, 2)
     assert found["seconds"] > found["startup_seconds"] > 0
     assert found["device_hours"] == pytest.approx(2 * found["seconds"] / 3600, abs=1e-5)
-    assert [row["encoding"] for row in found["encodings"]] == ["topk:3", "dense"]
+    assert [row["encoding"] for row in found["encodings"]] == ["topk:3", "dense8", "dense"]
     assert set(found["encodings"][0]["kl"]) == {"1", "2", "4"}
     for shown in ("samples       72 (counted)", "topk:3    chosen", "recommended: ", "counting the samples"):
         assert shown in err

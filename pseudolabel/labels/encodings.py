@@ -1,7 +1,11 @@
-"""How logits are stored: `dense` keeps all of them, `topk:K` the K largest and what sums up the rest.
+"""How logits are stored: `dense` keeps all of them, `dense8` too, in 8 bits each, `topk:K` the K largest and what sums
+up the rest. (`sampled:N` draws classes: sampled.py.)
 
 Stored logits have their row's maximum subtracted, so float16 costs less than 1e-6 nats and can't overflow. All
 log-probabilities are computed in float32 or wider.
+
+`dense8` spreads 256 levels evenly between a row's least logit and its largest, 0. Logits below −100 count as −100:
+exp(−100/4) is 1e-11, and levels aren't wasted on them.
 
 `topk:K` keeps lse (log-sum-exp over all classes) and mean and variance of the n = C − K tail logits. The tail's mass at
 temperature T is then n·exp(mean/T + var/(2T²)) (second-order cumulant expansion), and at T = 1 exactly exp(lse) − Σ
@@ -14,8 +18,8 @@ renormalised over the kept classes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import pyarrow as pa
 import torch
@@ -23,9 +27,15 @@ from torch import Tensor
 
 from pseudolabel.errors import SpecError
 from pseudolabel.interfaces import Encoding
+from pseudolabel.labels.sampled import parse_sampled
+from pseudolabel.labels.tensors import tensors
+
+TEMPERATURES = (1.0, 2.0, 4.0)
+"""At which it is measured what storing lost."""
 
 _FLOAT16_MIN = -65504.0
-_TEMPERATURES = (1.0, 2.0, 4.0)
+_LEAST8 = -100.0
+_LEVELS = 255
 
 
 @dataclass(frozen=True)
@@ -33,24 +43,69 @@ class Dense:
     """All C logits as float16."""
 
     name: str = "dense"
+    draws: bool = False
+    temperatures: tuple[float, ...] = TEMPERATURES
 
     def check(self, num_classes: int) -> None:
+        pass
+
+    def check_temperature(self, temperature: float) -> None:
         pass
 
     def fields(self, num_classes: int) -> list[pa.Field]:
         return [pa.field("logits", pa.list_(pa.float16(), num_classes), nullable=False)]
 
-    def encode(self, logits_BC: Tensor) -> dict[str, Tensor]:
+    def encode(self, logits_BC: Tensor, seed_B: Tensor) -> dict[str, Tensor]:
         return {"logits": _shifted(logits_BC).half()}
+
+    def tensors(self, table: pa.Table, num_classes: int) -> dict[str, Tensor]:
+        return tensors(table, self.fields(num_classes))
 
     def full_log_probs(self, columns: Mapping[str, Tensor], temperature: float, num_classes: int) -> Tensor:
         return torch.log_softmax(_wide(columns["logits"]) / temperature, dim=-1)
 
     def log_probs(
-        self, columns: Mapping[str, Tensor], student_logits_BC: Tensor, temperature: float
+        self, columns: Mapping[str, Tensor], student_log_probs_BC: Tensor, temperature: float
     ) -> tuple[Tensor, Tensor]:
-        teacher = self.full_log_probs(columns, temperature, student_logits_BC.shape[-1])
-        return teacher, torch.log_softmax(_wide(student_logits_BC) / temperature, dim=-1)
+        return self.full_log_probs(columns, temperature, student_log_probs_BC.shape[-1]), student_log_probs_BC
+
+
+@dataclass(frozen=True)
+class Dense8:
+    """All C logits as 8 bits, spread evenly over the row's range."""
+
+    name: str = "dense8"
+    draws: bool = False
+    temperatures: tuple[float, ...] = TEMPERATURES
+
+    def check(self, num_classes: int) -> None:
+        pass
+
+    def check_temperature(self, temperature: float) -> None:
+        pass
+
+    def fields(self, num_classes: int) -> list[pa.Field]:
+        levels = pa.field("logits8", pa.list_(pa.uint8(), num_classes), nullable=False)
+        return [levels, pa.field("logit_min", pa.float32(), nullable=False)]
+
+    def encode(self, logits_BC: Tensor, seed_B: Tensor) -> dict[str, Tensor]:
+        shifted_BC = _shifted(logits_BC).clamp(min=_LEAST8)
+        min_B = shifted_BC.amin(dim=-1)
+        share_BC = 1 - shifted_BC / min_B.clamp(max=-1e-30)[:, None]
+        return {"logits8": (share_BC * _LEVELS).round().to(torch.uint8), "logit_min": min_B}
+
+    def tensors(self, table: pa.Table, num_classes: int) -> dict[str, Tensor]:
+        return tensors(table, self.fields(num_classes))
+
+    def full_log_probs(self, columns: Mapping[str, Tensor], temperature: float, num_classes: int) -> Tensor:
+        min_B = _wide(columns["logit_min"])
+        logits_BC = min_B[:, None] * (1 - columns["logits8"].to(min_B.dtype) / _LEVELS)
+        return torch.log_softmax(logits_BC / temperature, dim=-1)
+
+    def log_probs(
+        self, columns: Mapping[str, Tensor], student_log_probs_BC: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        return self.full_log_probs(columns, temperature, student_log_probs_BC.shape[-1]), student_log_probs_BC
 
 
 @dataclass(frozen=True)
@@ -58,6 +113,8 @@ class TopK:
     """The `kept` largest logits with their classes, lse, and the tail's mean and variance."""
 
     kept: int
+    draws: bool = False
+    temperatures: tuple[float, ...] = TEMPERATURES
 
     @property
     def name(self) -> str:
@@ -67,13 +124,16 @@ class TopK:
         if self.kept > num_classes:
             raise SpecError(f"{self.name}: the teacher has only {num_classes} classes; use dense, or a smaller K")
 
+    def check_temperature(self, temperature: float) -> None:
+        pass
+
     def fields(self, num_classes: int) -> list[pa.Field]:
         class_type = pa.uint16() if num_classes <= 1 << 16 else pa.uint32()
         kept_fields = [("topk_id", pa.list_(class_type, self.kept)), ("topk_logit", pa.list_(pa.float16(), self.kept))]
         tail_fields = [("lse", pa.float32()), ("tail_mean", pa.float32()), ("tail_var", pa.float32())]
         return [pa.field(name, kind, nullable=False) for name, kind in kept_fields + tail_fields]
 
-    def encode(self, logits_BC: Tensor) -> dict[str, Tensor]:
+    def encode(self, logits_BC: Tensor, seed_B: Tensor) -> dict[str, Tensor]:
         shifted_BC = _shifted(logits_BC)
         kept_BK, id_BK = shifted_BC.topk(self.kept, dim=-1)
         in_tail_BC = torch.ones_like(shifted_BC).scatter_(-1, id_BK, 0.0)
@@ -87,6 +147,9 @@ class TopK:
             "tail_mean": mean_B,
             "tail_var": var_B,
         }
+
+    def tensors(self, table: pa.Table, num_classes: int) -> dict[str, Tensor]:
+        return tensors(table, self.fields(num_classes))
 
     def _kept_and_tail(
         self, columns: Mapping[str, Tensor], temperature: float, num_classes: int
@@ -116,85 +179,34 @@ class TopK:
         return full_BC.scatter(-1, columns["topk_id"].long(), kept_BK)
 
     def log_probs(
-        self, columns: Mapping[str, Tensor], student_logits_BC: Tensor, temperature: float
+        self, columns: Mapping[str, Tensor], student_log_probs_BC: Tensor, temperature: float
     ) -> tuple[Tensor, Tensor]:
-        kept_BK, tail_B = self._kept_and_tail(columns, temperature, student_logits_BC.shape[-1])
-        student_BC = torch.log_softmax(_wide(student_logits_BC) / temperature, dim=-1)
+        kept_BK, tail_B = self._kept_and_tail(columns, temperature, student_log_probs_BC.shape[-1])
         id_BK = columns["topk_id"].long()
-        if student_BC.shape[-1] == self.kept:
-            return kept_BK, student_BC.gather(-1, id_BK)
-        rest_BC = student_BC.scatter(-1, id_BK, -math.inf)
-        student_BM = torch.cat([student_BC.gather(-1, id_BK), torch.logsumexp(rest_BC, -1, keepdim=True)], dim=-1)
+        student_BK = student_log_probs_BC.gather(-1, id_BK)
+        if student_log_probs_BC.shape[-1] == self.kept:
+            return kept_BK, student_BK
+        rest_BC = student_log_probs_BC.scatter(-1, id_BK, -math.inf)
+        student_BM = torch.cat([student_BK, torch.logsumexp(rest_BC, -1, keepdim=True)], dim=-1)
         return torch.cat([kept_BK, tail_B[:, None]], dim=-1), student_BM
 
 
 def parse_encoding(spec: str) -> Encoding:
-    """`dense` or `topk:K`. Raises `SpecError`."""
+    """`dense`, `dense8`, `topk:K`, or `sampled:N` with the temperature of its draws behind an `@` if it isn't 1. Raises
+    `SpecError`.
+    """
     if spec == "dense":
         return Dense()
+    if spec == "dense8":
+        return Dense8()
     kind, _, number = spec.partition(":")
     if kind == "topk" and number.isdecimal() and len(number) < 10 and int(number) > 0:
         return TopK(int(number))
-    raise SpecError(f"{spec!r} is not an encoding; write dense or topk:K, such as topk:10")
-
-
-@dataclass(frozen=True)
-class StoredTargets:
-    """Soft labels read from a store, as tensors with one row a sample. Fits `interfaces.SoftTargets`."""
-
-    encoding: Encoding
-    columns: Mapping[str, Tensor]
-
-    def __len__(self) -> int:
-        return len(self.columns["pred"])
-
-    @property
-    def pred_B(self) -> Tensor:
-        return self.columns["pred"].long()
-
-    def log_probs(self, student_logits_BC: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        return self.encoding.log_probs(self.columns, student_logits_BC, temperature)
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> StoredTargets:
-        """The same targets with every column changed: moved, pinned, sliced."""
-        return replace(self, columns={name: change(column) for name, column in self.columns.items()})
-
-
-def summarize(logits_BC: Tensor) -> dict[str, Tensor]:
-    """Columns `pred`, `confidence`, `entropy` (nats) and `margin` (of the two largest probabilities), all at T = 1."""
-    log_probs_BC = torch.log_softmax(logits_BC.float(), dim=-1)
-    probs_BC = log_probs_BC.exp()
-    top_B2, id_B2 = probs_BC.topk(min(2, probs_BC.shape[-1]), dim=-1)
-    entropy_B = -(probs_BC * log_probs_BC.clamp(min=_FLOAT16_MIN)).sum(-1)
-    return {
-        "pred": id_B2[:, 0],
-        "confidence": top_B2[:, 0],
-        "entropy": entropy_B.clamp(min=0.0),
-        "margin": top_B2[:, 0] - top_B2[:, -1],
-    }
-
-
-def divergence(encoding: Encoding, columns: Mapping[str, Tensor], logits_BC: Tensor) -> Tensor:
-    """KL(full ‖ stored) in nats at T = 1, 2 and 4, shape (3, B): what storing cost each row."""
-    rows = []
-    for temperature in _TEMPERATURES:
-        full_BC = torch.log_softmax(logits_BC.double() / temperature, dim=-1)
-        stored_BC = encoding.full_log_probs(columns, temperature, logits_BC.shape[-1]).double()
-        gap_BC = torch.where(full_BC > -700, full_BC - stored_BC, 0.0)  # exp(-700): nothing left to weigh
-        rows.append((full_BC.exp() * gap_BC).sum(-1).clamp(min=0.0))
-    return torch.stack(rows)
-
-
-def fidelity(divergence_3N: Tensor) -> dict[str, dict[str, float]]:
-    """Mean and 99th percentile of `divergence` by temperature, rounded to 6 significant digits; zeros for no rows."""
-    if divergence_3N.shape[-1] == 0:
-        return {name: {f"{t:g}": 0.0 for t in _TEMPERATURES} for name in ("mean", "p99")}
-    p99_3 = torch.quantile(divergence_3N, 0.99, dim=-1)
-    figures = {"mean": divergence_3N.mean(-1), "p99": p99_3}
-    return {
-        name: {f"{t:g}": float(f"{value:.6g}") for t, value in zip(_TEMPERATURES, values.tolist(), strict=True)}
-        for name, values in figures.items()
-    }
+    if kind == "sampled" and (found := parse_sampled(number)) is not None:
+        return found
+    raise SpecError(
+        f"{spec!r} is not an encoding; write dense, dense8, topk:K such as topk:10, or sampled:N such as sampled:50"
+    )
 
 
 def _shifted(logits_BC: Tensor) -> Tensor:

@@ -13,8 +13,9 @@ from torch import Tensor
 from pseudolabel.decoding import DecodedBatch, Reject, ShardEnd
 from pseudolabel.interfaces import Encoding
 from pseudolabel.labels import schema
-from pseudolabel.labels.encodings import fidelity
+from pseudolabel.labels.facts import fidelity
 from pseudolabel.labels.schema import PartInfo
+from pseudolabel.labels.tensors import to_arrow
 from pseudolabel.views.draw import View
 
 
@@ -100,7 +101,8 @@ class PartBuilder:
         )
         self._rejects.sort(key=lambda reject: reject.index)
         listed: list[dict[str, Any]] = [{"shard": self._shard, **asdict(reject)} for reject in self._rejects]
-        lost_N3 = torch.cat(self._columns["divergence"]) if "divergence" in self._columns else torch.zeros(0, 3)
+        temperatures = self._encoding.temperatures
+        lost = self._columns.get("divergence", [torch.zeros(0, len(temperatures))])
         info = PartInfo(
             fingerprint=self._fingerprint,
             shard=self._shard,
@@ -110,19 +112,10 @@ class PartBuilder:
             rejects=len(self._rejects),
             encoding=self._encoding.name,
             num_classes=self._num_classes,
-            fidelity=fidelity(lost_N3.T),
+            fidelity=fidelity(torch.cat(lost).T, temperatures),
         )
         return AnnotatedShard(info, part, pa.Table.from_pylist(listed, schema=schema.REJECT_SCHEMA))
 
 
 def _joined(tensors: list[Tensor], kind: pa.DataType) -> pa.Array:
     return to_arrow(torch.cat(tensors), kind) if tensors else pa.array([], kind)
-
-
-def to_arrow(column: Tensor, kind: pa.DataType) -> pa.Array:
-    """A tensor's rows as a column of this type: numbers, or lists of one length."""
-    values = column.numpy()
-    if pa.types.is_fixed_size_list(kind):
-        flat = values.reshape(-1).astype(kind.value_type.to_pandas_dtype())
-        return pa.FixedSizeListArray.from_arrays(pa.array(flat, kind.value_type), type=kind)
-    return pa.array(values.astype(kind.to_pandas_dtype()), kind)

@@ -8,6 +8,7 @@ With what is in a store already, it is the bill of what is left.
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -205,11 +206,9 @@ def plan(
 
 def recommend(table: Sequence[EncodingPlan]) -> tuple[str, str]:
     """The smallest encoding that is good enough, and why."""
-    good = [row for row in table if row.kl["2"] <= GOOD_KL]
+    good = [row for row in table if row.kl.get("2", math.inf) <= GOOD_KL]  # draws aren't judged by their KL
     best = min(good, key=lambda row: row.bytes_per_row)
     largest = max(table, key=lambda row: row.bytes_per_row)
-    if len(table) == 1:
-        return best.encoding, "so few classes leave nothing to drop"
     share = f", {best.bytes_per_row / largest.bytes_per_row:.0%} of {largest.encoding}" if best != largest else ""
     return (
         best.encoding,

@@ -23,10 +23,12 @@ import torch
 
 from pseudolabel.interfaces import Encoding
 from pseudolabel.labels import schema
-from pseudolabel.labels.encodings import divergence, fidelity, parse_encoding
-from pseudolabel.labels.part import to_arrow
+from pseudolabel.labels.encodings import parse_encoding
+from pseudolabel.labels.facts import divergence, fidelity
+from pseudolabel.labels.tensors import to_arrow, to_torch
 from pseudolabel.plan.estimates import effective, wilson
 from pseudolabel.plan.probe import Labeled
+from pseudolabel.views.draw import row_seeds
 
 KEPT = (5, 10, 20, 50, 100)
 _PARTS = 8  # parts of each size whose mean is taken
@@ -69,7 +71,8 @@ def candidates(num_classes: int, chosen: str) -> list[str]:
     name = parse_encoding(chosen).name
     if name.startswith("topk:"):
         kept.add(int(name.removeprefix("topk:")))
-    return [*(f"topk:{number}" for number in sorted(kept)), "dense"]
+    drawn = [name] if name.startswith("sampled:") else []
+    return [*drawn, *(f"topk:{number}" for number in sorted(kept)), "dense8", "dense"]
 
 
 def price(labeled: Sequence[Labeled], spec: str, rows_a_part: float, scratch: Path) -> Price:
@@ -137,14 +140,14 @@ def _encoded(one: Labeled, encoding: Encoding) -> tuple[pa.Table, dict[str, floa
     if one.info.encoding == encoding.name:
         return one.rows, one.lost
     table, lost = one.rows, dict[str, float]()
+    seed_B = torch.tensor(row_seeds(table["key"].to_pylist(), table["view"].to_pylist()), dtype=torch.int64)
     for name in [name for name in table.column_names if name == _LOGITS or name.endswith(f"_{_LOGITS}")]:
-        values = table[name].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-        logits_BC = torch.tensor(values).reshape(-1, num_classes).float()
-        columns = encoding.encode(logits_BC)
+        logits_BC = to_torch(table[name]).float()
+        columns = encoding.encode(logits_BC, seed_B)
         table = table.drop_columns([name])
         for field in encoding.fields(num_classes):
             column = to_arrow(columns[field.name], field.type)
             table = table.append_column(field.with_name(f"{name.removesuffix(_LOGITS)}{field.name}"), column)
         if name == _LOGITS:
-            lost = fidelity(divergence(encoding, columns, logits_BC))["mean"]
+            lost = fidelity(divergence(encoding, columns, logits_BC), encoding.temperatures)["mean"]
     return table, lost

@@ -135,7 +135,7 @@ def _grid(root: Location, content: dict[str, Any]) -> list[tuple[str, list[_Show
     if name is None:
         return []
     part = store.read_view(name)
-    encoding = parse_encoding(store.identity.encoding)
+    encoding, num_classes = parse_encoding(store.identity.encoding), store.identity.num_classes
     chosen = _choose(part["confidence"].to_numpy(), part["pred"].to_numpy())
     grid = []
     with ShardFile(shards[name]) as opened:
@@ -144,10 +144,8 @@ def _grid(root: Location, content: dict[str, Any]) -> list[tuple[str, list[_Show
         for title, rows in chosen.items():
             shown = []
             for row in rows:
-                columns = {
-                    field.name: _column(part, field.name, row) for field in encoding.fields(store.identity.num_classes)
-                }
-                probs = encoding.full_log_probs(columns, 1.0, store.identity.num_classes).exp()[0]
+                columns = encoding.tensors(part.slice(row, 1), num_classes)
+                probs = encoding.full_log_probs(columns, encoding.temperatures[0], num_classes).exp()[0]
                 values, ids = torch.topk(probs, min(3, len(probs)))
                 labels = [(store.identity.classes[int(c)], 100 * float(v)) for v, c in zip(values, ids, strict=True)]
                 sample = opened[part["index"][row].as_py()]
@@ -166,12 +164,6 @@ def _choose(confidence_N: NDArray[np.float32], pred_N: NDArray[np.int32]) -> dic
         "in doubt": order[doubt : doubt + _SHOWN_PER_ROW].tolist(),
         "lost": order[:_SHOWN_PER_ROW].tolist(),
     }
-
-
-def _column(part: Any, name: str, row: int) -> Any:
-    import torch
-
-    return torch.tensor([part[name][row].as_py()])
 
 
 def _data_uri(fields: Any) -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
@@ -101,6 +101,14 @@ def _draw_box(
     rows = min(height, max(round(width / CROP_RATIO[0]), 1))
     columns = min(width, max(round(height * CROP_RATIO[1]), 1))
     return (height - rows) // 2, (width - columns) // 2, rows, columns
+
+
+def row_seeds(keys: Sequence[str], views: Sequence[int]) -> list[int]:
+    """A seed, 63 bits, for each row (key, view): of what an encoding draws of its label."""
+    return [
+        int.from_bytes(blake2b(struct.pack("<I", view) + key.encode(), digest_size=8).digest(), "little") >> 1
+        for key, view in zip(keys, views, strict=True)
+    ]
 
 
 def uniforms(subject: bytes) -> Iterator[float]:
