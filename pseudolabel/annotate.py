@@ -28,6 +28,7 @@ from pseudolabel.labeling import AnnotateWork, Progress, annotate_shard, identif
 from pseudolabel.labels import store
 from pseudolabel.labels.footers import WORTH_IT, read_footers
 from pseudolabel.labels.schema import PartInfo
+from pseudolabel.plan.auto import choose_encoding
 from pseudolabel.precision import choose_precision
 from pseudolabel.settings import AnnotateSettings
 from pseudolabel.shard_lists import Shard, ShardsLike, as_shards
@@ -52,6 +53,7 @@ class AnnotateResult:
     parts_skipped: int
     seconds: float
     fingerprint: str
+    encoding: str
     batch_size: int
     precision: str
     stages: dict[str, float]
@@ -90,6 +92,7 @@ def annotate(
     devices = engine.devices()
     settings = choose_precision(settings, engine)
     settings = choose_batch_size(settings, teacher, engine, storage.location(out))
+    settings = choose_encoding(settings, teacher, engine, shards, storage.location(out))
     loaded = teacher.load(torch.device("cpu"))
     _compare_classes(shards, loaded)
     settings = settle(settings, devices[0], loaded)
@@ -146,6 +149,7 @@ def annotate(
         len(shards) - len(todo),
         seconds,
         target.fingerprint,
+        settings.encoding,
         settings.samples_per_batch * settings.views,
         settings.precision,
         stages,

@@ -41,7 +41,11 @@ class AnnotateSettings(Settings):
     Of the view settings, `view_seed`, `view_policy` and `crop_scale` decide nothing while `views` is 1.
     """
 
-    encoding: str = Field("dense", description="how logits are stored: dense, dense8, topk:K or sampled:N")
+    encoding: str = Field(
+        "dense",
+        description="how logits are stored: dense, dense8, topk:K, sampled:N, or auto:EPS, the smallest topk:K that "
+        "loses at most EPS nats on average",
+    )
     batch_size: Annotated[int | Literal["auto"] | None, BeforeValidator(_check_batch_size)] = Field(
         None, description="images per forward pass, or auto: probed; if not given 256, on a CPU 32 to 256 by their size"
     )

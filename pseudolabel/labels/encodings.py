@@ -204,8 +204,11 @@ def parse_encoding(spec: str) -> Encoding:
         return TopK(int(number))
     if kind == "sampled" and (found := parse_sampled(number)) is not None:
         return found
+    if kind == "auto":
+        raise SpecError(f"{spec}: is chosen for a whole corpus, by annotate; name the encoding that it chose")
     raise SpecError(
-        f"{spec!r} is not an encoding; write dense, dense8, topk:K such as topk:10, or sampled:N such as sampled:50"
+        f"{spec!r} is not an encoding; write dense, dense8, topk:K such as topk:10, sampled:N such as sampled:50, or "
+        "auto:EPS such as auto:0.01"
     )
 
 

@@ -24,6 +24,7 @@ from pseudolabel.errors import StoreMismatch
 from pseudolabel.interfaces import Engine, Teacher
 from pseudolabel.labeling import identify, settle
 from pseudolabel.labels.store import Store, StoreIdentity, open_store
+from pseudolabel.plan.auto import choose_encoding
 from pseudolabel.plan.census import Census, take_census
 from pseudolabel.plan.estimates import makespan
 from pseudolabel.plan.price import Price, RejectForecast, candidates, forecast_rejects, price
@@ -120,7 +121,9 @@ def plan(
     engine, settings = engine or default_engine(), settings or AnnotateSettings()
     say("loading the teacher")
     settings = choose_precision(settings, engine)
-    settings = choose_batch_size(settings, teacher, engine, storage.location(out) if out else None, keep=False)
+    place = storage.location(out) if out else None
+    settings = choose_batch_size(settings, teacher, engine, place, keep=False)
+    settings = choose_encoding(settings, teacher, engine, shards, place, keep=False)
     loaded = teacher.load(torch.device("cpu"))
     settings = settle(settings, engine.devices()[0], loaded)
     identity, dense = identify(loaded, settings), settings.model_copy(update={"encoding": "dense"})
