@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from pseudolabel.annotate import AnnotateResult as AnnotateResult
     from pseudolabel.annotate import annotate as annotate
     from pseudolabel.annotate import annotate_shard as annotate_shard
+    from pseudolabel.calibration import read_calibration as read_calibration
+    from pseudolabel.calibration.calibrate import calibrate as calibrate
     from pseudolabel.engines.local import LocalEngine as LocalEngine
     from pseudolabel.errors import PseudolabelError as PseudolabelError
     from pseudolabel.evaluate import evaluate as evaluate
@@ -30,7 +32,10 @@ if TYPE_CHECKING:
     from pseudolabel.report import write_report as write_report
     from pseudolabel.rounds import Place as Place
     from pseudolabel.rounds import run as run
+    from pseudolabel.selection import open_selection as open_selection
+    from pseudolabel.selection.select import select as select
     from pseudolabel.settings import AnnotateSettings as AnnotateSettings
+    from pseudolabel.settings import SelectSettings as SelectSettings
     from pseudolabel.settings import TrainSettings as TrainSettings
     from pseudolabel.shard_lists import list_shards as list_shards
     from pseudolabel.shards import read_samples as read_samples
@@ -44,6 +49,8 @@ _HOME = {
     "AnnotateResult": "annotate",
     "annotate": "annotate",
     "annotate_shard": "annotate",
+    "read_calibration": "calibration",
+    "calibrate": "calibration.calibrate",
     "LocalEngine": "engines.local",
     "PseudolabelError": "errors",
     "evaluate": "evaluate",
@@ -60,7 +67,10 @@ _HOME = {
     "write_report": "report",
     "Place": "rounds",
     "run": "rounds",
+    "open_selection": "selection",
+    "select": "selection.select",
     "AnnotateSettings": "settings",
+    "SelectSettings": "settings",
     "TrainSettings": "settings",
     "list_shards": "shard_lists",
     "read_samples": "shards",

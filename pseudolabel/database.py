@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from pseudolabel.errors import StorageError
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from duckdb import DuckDBPyConnection
 
 MEMORY = 400 << 20
@@ -46,3 +47,17 @@ def scratch_database(memory: int = MEMORY) -> Iterator[DuckDBPyConnection]:
             ) from error
         finally:
             connection.close()
+
+
+def table_of(connection: DuckDBPyConnection, question: str) -> pa.Table:
+    """The answer, whole."""
+    found = connection.execute(question).to_arrow_table()
+    assert found is not None
+    return found
+
+
+def batches_of(connection: DuckDBPyConnection, question: str, rows: int) -> Iterator[pa.RecordBatch]:
+    """The answer, about so many rows at once."""
+    reader = connection.execute(question).to_arrow_reader(rows)
+    assert reader is not None
+    yield from reader

@@ -6,14 +6,17 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
+    from pseudolabel.calibration.calibrate import CalibrateResult
     from pseudolabel.labeling import Progress as AnnotateProgress
     from pseudolabel.loop import TrainProgress
     from pseudolabel.plan import Plan
+    from pseudolabel.selection.select import SelectResult
     from pseudolabel.shard_lists import Shard
 
 _FEW_STEPS = 100
@@ -161,6 +164,59 @@ def print_confusion(classes: Sequence[str], counts: Sequence[Sequence[int]], fil
     print("most frequent confusions (count: class taken for class)", file=file)
     for count, wanted, found in sorted(pairs, reverse=True)[:10]:
         print(f"{count:>6}: {wanted} taken for {found}", file=file)
+
+
+def print_calibration(result: CalibrateResult, file: Any) -> None:
+    """Figures before and after with their intervals, then confidence against accuracy."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    stages = {"before": result.before, "calibrated": result.after, "and aligned": result.aligned}
+    shown = {name: found for name, found in stages.items() if found is not None}
+    for title in ("", *shown):
+        table.add_column(title, justify="left" if not title else "right")
+    for name in ("accuracy", "mean_confidence", "nll", "ece", "brier"):
+        cells = (
+            f"{one[name]:.4f} ({one['intervals'][name][0]:.4f}–{one['intervals'][name][1]:.4f})"
+            for one in shown.values()
+        )
+        table.add_row(name.replace("_", " "), *cells)
+    console = Console(file=file, highlight=False, width=max(Console().width, 110))
+    console.print(table)
+    bins = Table(box=None, pad_edge=False, title="confidence → accuracy (rows)", title_justify="left")
+    for title in shown:
+        bins.add_column(title, justify="right")
+    columns = ([_bin(found) for found in one["reliability"]] for one in shown.values())
+    for row in zip_longest(*columns, fillvalue=""):
+        bins.add_row(*row)
+    console.print(bins)
+    pairs = {"method": result.method, "temperature": result.temperature, "out": result.out}
+    print_pairs({"rows": f"{result.rows} of {result.labeled_rows} with a label", **pairs}, file)
+
+
+def _bin(found: Mapping[str, Any]) -> str:
+    return f"{found['confidence']:.3f} → {found['accuracy']:.3f} ({found['rows']:,})"
+
+
+def print_coverage(result: SelectResult, file: Any) -> None:
+    """What is selected of each class; of many classes those with the least and the most."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for title in ("class", "rows", "selected", "share", "weight", "from confidence"):
+        table.add_column(title, justify="left" if title == "class" else "right")
+    ordered = sorted(result.classes, key=lambda one: -one.selected)
+    few = ordered if len(ordered) <= 20 else [*ordered[:8], None, *ordered[-8:]]
+    for one in few:
+        if one is None:
+            table.add_row(f"… {len(ordered) - 16} more")
+            continue
+        share = f"{one.selected / one.rows:.1%}" if one.rows else ""
+        least = f"{one.threshold:.4f}" if one.threshold is not None else ""
+        table.add_row(one.name, f"{one.rows:,}", f"{one.selected:,}", share, f"{one.weight:,.1f}", least)
+    Console(file=file, highlight=False, width=max(Console().width, 90)).print(table)
 
 
 def print_rounds(rows: Sequence[Mapping[str, Any]], file: Any) -> None:

@@ -43,6 +43,14 @@ class DamagedPart(PseudolabelError):
     """A Parquet file of a store is torn or corrupted."""
 
 
+class CalibrationError(PseudolabelError):
+    """A calibration can't be made from these rows, or read."""
+
+
+class SelectionError(PseudolabelError):
+    """A selection would be empty, can't be read, or doesn't fit."""
+
+
 class DamagedModel(PseudolabelError):
     """A model or checkpoint directory is incomplete or corrupted."""
 

@@ -78,6 +78,51 @@ class AnnotateSettings(Settings):
         return max(self.batch_size // self.views, 1)
 
 
+class CalibrateSettings(Settings):
+    """How the teacher's confidence is mapped to probabilities that fit the labels."""
+
+    method: Literal["temperature", "vector"] = Field(
+        "temperature", description="temperature: one number; vector: a weight and a bias a class"
+    )
+    prior: Literal["none", "labels", "uniform"] = Field(
+        "none", description="also align the unlabeled rows' classes with the labels' shares, or with even ones"
+    )
+
+
+class SelectSettings(Settings):
+    """Which soft labels count, and how much. Filters come first, then the target precision, then top-K and balance."""
+
+    min_confidence: Fraction | None = Field(None, description="least confidence")
+    min_margin: Fraction | None = Field(None, description="least distance of the two largest probabilities")
+    max_entropy: float | None = Field(None, ge=0, description="largest entropy, in nats")
+    max_disagreement: float | None = Field(
+        None, ge=0, description="largest disagreement of an ensemble's members, in nats (annotate --keep-members)"
+    )
+    target_precision: float | None = Field(
+        None, gt=0, lt=1, description="lowest confidence from which on so large a share of the labels is right"
+    )
+    certainty: float = Field(0.95, gt=0, lt=1, description="how certain the target precision is to be reached")
+    per_class: bool = Field(False, description="a threshold for each predicted class instead of one for all")
+    top_per_class: int | None = Field(None, ge=1, description="the K most confident of each predicted class")
+    balance: int | Literal["mean"] | None = Field(
+        None, description="rows a class counts for: more are cut to the most confident, fewer weigh more; or mean"
+    )
+    max_weight: float = Field(10.0, ge=1, description="largest weight that balancing gives a row")
+    weight: Literal["none", "confidence", "entropy"] = Field(
+        "none", description="weigh rows by their confidence, or by 1 - entropy / log(classes)"
+    )
+    align_prior: bool = Field(False, description="apply the calibration's prior correction")
+    include_labeled: bool = Field(False, description="rows that carry a label may be selected, too")
+
+    @model_validator(mode="after")
+    def _fitting(self) -> SelectSettings:
+        if self.per_class and self.target_precision is None:
+            raise ValueError("per_class is about target_precision, which isn't given")
+        if isinstance(self.balance, int) and self.balance < 1:
+            raise ValueError("balance must be a number of rows from 1, or mean")
+        return self
+
+
 class AugmentSettings(Settings):
     """How the student sees its training images."""
 

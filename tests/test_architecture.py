@@ -14,6 +14,7 @@ MODULES = {
 }
 IMPLEMENTATIONS = {name for name in MODULES if name.startswith(("teachers.", "engines."))}
 VERBS = {"pack", "annotate", "train", "evaluate", "labels.verify", "labels.summary"}
+VERBS |= {"calibration.calibrate", "selection.select"}
 VERBS |= {name for name in MODULES if name.split(".")[0] == "plan"}
 OUTER = {"rounds", "demo", "display", "__main__"} | {name for name in MODULES if name.split(".")[0] == "cli"}
 

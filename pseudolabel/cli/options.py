@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from pseudolabel.errors import LaunchError, RecipeError
-from pseudolabel.settings import AnnotateSettings, AugmentSettings, TrainSettings
+from pseudolabel.settings import AnnotateSettings, AugmentSettings, Settings, TrainSettings
 from pseudolabel.world import ALONE, World
 
 Shards = Annotated[list[str], typer.Argument(metavar="SHARDS...", help="directory, glob, brace range or @list.txt")]
@@ -25,7 +25,7 @@ Overrides = Annotated[
 ]
 
 
-def _settings_help(kind: type[AnnotateSettings | AugmentSettings | TrainSettings], name: str, *, note: str = "") -> str:
+def _settings_help(kind: type[Settings], name: str, *, note: str = "") -> str:
     field = kind.model_fields[name]
     default = "" if field.default is None or isinstance(field.default, bool) else f" [{field.default}]"
     return f"{field.description}{note}{default}"
@@ -36,6 +36,11 @@ def _annotate_option(name: str) -> Any:
 
 
 def train_option(name: str, kind: type[AugmentSettings | TrainSettings] = TrainSettings) -> Any:
+    return typer.Option(help=_settings_help(kind, name), show_default=False)
+
+
+def setting_option(kind: type[Settings], name: str) -> Any:
+    """The option for a setting; its help is the setting's."""
     return typer.Option(help=_settings_help(kind, name), show_default=False)
 
 

@@ -1,0 +1,113 @@
+"""A selection: which soft labels of a store count, and with what weight.
+
+    SELECTION/selection.json           what was asked, what was found, and what of: written last
+    SELECTION/parts/<shard>.parquet    index, view, weight of the rows that count, in the store's order
+
+It is a value beside the store, which stays as it is: another selection never needs the teacher again. Weights have a
+mean of 1 over all rows, so that a selection doesn't change how much soft labels count against labels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from pseudolabel import storage
+from pseudolabel.errors import SelectionError, StoreMismatch
+from pseudolabel.labels import schema
+from pseudolabel.labels.store import Store
+from pseudolabel.storage import Location
+
+FORMAT_VERSION = 1
+SCHEMA = pa.schema(
+    [
+        pa.field("index", pa.int32(), nullable=False),
+        pa.field("view", pa.int16(), nullable=False),
+        pa.field("weight", pa.float32(), nullable=False),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """An open selection. `facts` is all of selection.json."""
+
+    root: Location
+    facts: Mapping[str, Any]
+
+    @property
+    def fingerprint(self) -> str:
+        return str(self.facts["fingerprint"])
+
+    @property
+    def rows(self) -> Mapping[str, int]:
+        """How many samples of each shard were selected."""
+        return dict(self.facts["shards"])
+
+    def read(self, shard: str) -> pa.Table:
+        """Index, view and weight of a shard's rows, the whole file verified. Raises `SelectionError`, `DamagedPart`."""
+        path = part_path(self.root, shard)
+        metadata = schema.read_metadata(path)
+        if (metadata.get("selection"), metadata.get("shard")) != (self.fingerprint, shard):
+            raise SelectionError(f"{path}: isn't of this selection and shard; put its own file back, or select anew")
+        return schema.read_table(path)
+
+    def check(self, store: Store) -> None:
+        """Raise `StoreMismatch` if it was made from another store."""
+        if self.facts["store"] != store.fingerprint:
+            raise StoreMismatch(
+                f"{self.root}: selects from the store with fingerprint {self.facts['store'][:12]}, {store.root} has "
+                f"{store.fingerprint[:12]}\nselect from this store, or train with the other"
+            )
+
+
+def open_selection(root: str | os.PathLike[str]) -> Selection:
+    """Raises `SelectionError` if there is none, or it was edited."""
+    directory = storage.location(root)
+    path = directory / "selection.json"
+    if not path.exists():
+        raise SelectionError(f"{directory}: no selection here (no selection.json); make one with `pseudolabel select`")
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        if facts["format_version"] != FORMAT_VERSION:
+            raise ValueError(f"format version {facts['format_version']}, this version reads {FORMAT_VERSION}")
+        if facts["fingerprint"] != fingerprint(facts):
+            raise ValueError("it was edited, its fingerprint no longer fits")
+        return Selection(directory, facts)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise SelectionError(f"{path}: can't be read ({error}); select anew") from error
+
+
+def fingerprint(facts: Mapping[str, Any]) -> str:
+    """SHA-256 of all facts but itself, as canonical JSON."""
+    others = {name: value for name, value in facts.items() if name != "fingerprint"}
+    return hashlib.sha256(json.dumps(others, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def part_path(root: Location, shard: str) -> Location:
+    return root / "parts" / f"{shard}.parquet"
+
+
+def write_selection(root: Location, facts: Mapping[str, Any], parts: Iterator[tuple[str, pa.Table]]) -> Selection:
+    """Write the parts, then selection.json, which makes it one. What was there of another one is removed first. Raises
+    `StorageError`.
+    """
+    facts = {"format_version": FORMAT_VERSION, "kind": "selection", **facts}
+    facts["fingerprint"] = fingerprint(facts)
+    storage.discard(root / "selection.json")
+    names = set()
+    for shard, table in parts:
+        metadata = {"format_version": schema.FORMAT_VERSION, "selection": facts["fingerprint"], "shard": shard}
+        schema.write_sealed(part_path(root, shard), table, metadata)
+        names.add(f"{shard}.parquet")
+    for stale in storage.entries(root / "parts"):
+        if stale.name.endswith(".parquet") and stale.name not in names:
+            storage.discard(root / "parts" / stale.name)
+    storage.write_atomic(root / "selection.json", json.dumps(facts, indent=1) + "\n")
+    return Selection(root, facts)
