@@ -19,12 +19,14 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from duckdb import DuckDBPyConnection
 
+    Connection = DuckDBPyConnection
+
 MEMORY = 400 << 20
 """Bytes that a database may hold before it spills."""
 
 
 @contextmanager
-def scratch_database(memory: int = MEMORY) -> Iterator[DuckDBPyConnection]:
+def scratch_database(memory: int = MEMORY) -> Iterator[Connection]:
     """A connection to an empty database, gone afterwards. Raises `StorageError` for a full disk, and whatever duckdb
     raises for a question that is wrong.
     """
@@ -49,15 +51,15 @@ def scratch_database(memory: int = MEMORY) -> Iterator[DuckDBPyConnection]:
             connection.close()
 
 
-def table_of(connection: DuckDBPyConnection, question: str) -> pa.Table:
+def table_of(connection: Connection, question: str) -> pa.Table:
     """The answer, whole."""
-    found = connection.execute(question).to_arrow_table()
+    found = connection.sql(question).to_arrow_table()
     assert found is not None
     return found
 
 
-def batches_of(connection: DuckDBPyConnection, question: str, rows: int) -> Iterator[pa.RecordBatch]:
+def batches_of(connection: Connection, question: str, rows: int) -> Iterator[pa.RecordBatch]:
     """The answer, about so many rows at once."""
-    reader = connection.execute(question).to_arrow_reader(rows)
+    reader = connection.sql(question).to_arrow_reader(rows)
     assert reader is not None
     yield from reader

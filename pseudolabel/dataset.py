@@ -11,15 +11,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
-from pseudolabel.errors import LabelError, PseudolabelError
+from pseudolabel.errors import LabelError, PseudolabelError, SelectionError
 from pseudolabel.inputs import TrainingData, TrainingShard, join, read_label
 from pseudolabel.labels.encodings import parse_encoding
-from pseudolabel.labels.store import Store
 from pseudolabel.labels.targets import StoredTargets
 from pseudolabel.labels.tensors import to_torch
 from pseudolabel.losses import NO_LABEL
@@ -31,6 +32,7 @@ from pseudolabel.views.image import Preprocessing, UndecodableImage, decode, ima
 from pseudolabel.world import ALONE, World
 
 _OPEN_SHARDS = 2 * WINDOW_SHARDS
+_WEIGHT = "weight"  # beside a row's stored columns
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,8 @@ class Batch:
 class _OpenShard:
     """A shard open for training: where its rows lie, their labels and soft labels."""
 
-    def __init__(self, source: TrainingShard, store: Store | None, *, labeled: bool, num_classes: int) -> None:
-        self.file = ShardFile(source.shard)
+    def __init__(self, source: TrainingShard, data: TrainingData, *, labeled: bool) -> None:
+        self.file, store, num_classes = ShardFile(source.shard), data.store, data.num_classes
         source.check_same(self.file)
         self.positions: Sequence[int] = range(len(self.file))
         self.columns: dict[str, Tensor] = {}
@@ -81,8 +83,25 @@ class _OpenShard:
             part = store.read_view(source.shard.name, names)
             self.positions = join(self.file, part, store.read_rejects(source.shard.name))
             self.columns = {"pred": to_torch(part["pred"]), **encoding.tensors(part, num_classes)}
+            self.columns[_WEIGHT] = torch.ones(len(part))
+            if data.selection is not None and not labeled:
+                self._keep(data.selection.read(source.shard.name, source.sha256))
         labels = [read_label(self.file, index, num_classes) if labeled else NO_LABEL for index in self.positions]
         self.labels = torch.tensor(labels, dtype=torch.int64)
+
+    def _keep(self, selected: pa.Table) -> None:
+        """Only the rows that are selected, with their weights. Raises `SelectionError`."""
+        clean = selected.filter(pc.equal(selected["view"], 0))
+        places = {position: row for row, position in enumerate(self.positions)}
+        try:
+            rows = [places[position] for position in clean["index"].to_pylist()]
+        except KeyError as error:
+            raise SelectionError(
+                f"{self.file.shard.where}: sample {error} is selected but has no soft label; select anew"
+            ) from error
+        self.positions = [self.positions[row] for row in rows]
+        self.columns = {name: column[torch.tensor(rows, dtype=torch.long)] for name, column in self.columns.items()}
+        self.columns[_WEIGHT] = to_torch(clean["weight"])
 
     def image(self, row: int, prepare: Callable[[Tensor], Tensor]) -> Tensor:
         position = self.positions[row]
@@ -98,10 +117,8 @@ class _OpenShard:
 class _Rows:
     """Rows of many shards, opened as they are needed, the least recently used closed."""
 
-    def __init__(
-        self, sources: Sequence[TrainingShard], store: Store | None, *, labeled: bool, num_classes: int, seed: int
-    ) -> None:
-        self._sources, self._store, self._labeled, self._num_classes = sources, store, labeled, num_classes
+    def __init__(self, sources: Sequence[TrainingShard], data: TrainingData, *, labeled: bool, seed: int) -> None:
+        self._sources, self._data, self._labeled = sources, data, labeled
         self._order = RowOrder([source.rows for source in sources], seed)
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         self._remote = any(is_remote(source.shard.path) for source in sources)
@@ -135,9 +152,7 @@ class _Rows:
         return images, labels, columns
 
     def _get(self, shard: int) -> _OpenShard:
-        opened = self._open.pop(shard, None) or _OpenShard(
-            self._sources[shard], self._store, labeled=self._labeled, num_classes=self._num_classes
-        )
+        opened = self._open.pop(shard, None) or _OpenShard(self._sources[shard], self._data, labeled=self._labeled)
         self._open[shard] = opened
         while len(self._open) > _OPEN_SHARDS:
             self._open.popitem(last=False)[1].file.close()
@@ -192,8 +207,8 @@ class TrainingBatches(Dataset[Batch]):
         assert self._data.store is not None
         encoding = parse_encoding(self._data.store.identity.encoding)
         columns = {name: torch.cat([columns[name] for columns, _ in soft]) for name in soft[0][0]}
-        targets, num_soft = StoredTargets(encoding, columns), sum(count for _, count in soft)
-        return Batch(pixels_BCHW, labels_B, targets, torch.ones(len(targets)), self.num_labeled, num_soft)
+        weight_B, num_soft = columns.pop(_WEIGHT), sum(count for _, count in soft)
+        return Batch(pixels_BCHW, labels_B, StoredTargets(encoding, columns), weight_B, self.num_labeled, num_soft)
 
     def _augmented(self, image_CHW: Tensor, seed: int) -> Tensor:
         torch.default_generator.manual_seed(seed)  # torch.manual_seed takes a hundred times as long
@@ -205,16 +220,7 @@ class TrainingBatches(Dataset[Batch]):
         if self._streams is None:
             kinds = [(self._data.labeled, True, 1, self.num_labeled), (self._data.unlabeled, False, 2, self.num_pseudo)]
             self._streams = [
-                (
-                    _Rows(
-                        sources,
-                        self._data.store,
-                        labeled=labeled,
-                        num_classes=self._data.num_classes,
-                        seed=derive_seeds(1, self._seed, number)[0],
-                    ),
-                    count,
-                )
+                (_Rows(sources, self._data, labeled=labeled, seed=derive_seeds(1, self._seed, number)[0]), count)
                 for sources, labeled, number, count in kinds
                 if count
             ]

@@ -6,7 +6,6 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -187,16 +186,16 @@ def print_calibration(result: CalibrateResult, file: Any) -> None:
     bins = Table(box=None, pad_edge=False, title="confidence → accuracy (rows)", title_justify="left")
     for title in shown:
         bins.add_column(title, justify="right")
-    columns = ([_bin(found) for found in one["reliability"]] for one in shown.values())
-    for row in zip_longest(*columns, fillvalue=""):
-        bins.add_row(*row)
+    columns = [{found["bin"]: found for found in one["reliability"]} for one in shown.values()]
+    for place in sorted(set().union(*columns)):
+        bins.add_row(*(_bin(column.get(place)) for column in columns))
     console.print(bins)
     pairs = {"method": result.method, "temperature": result.temperature, "out": result.out}
     print_pairs({"rows": f"{result.rows} of {result.labeled_rows} with a label", **pairs}, file)
 
 
-def _bin(found: Mapping[str, Any]) -> str:
-    return f"{found['confidence']:.3f} → {found['accuracy']:.3f} ({found['rows']:,})"
+def _bin(found: Mapping[str, Any] | None) -> str:
+    return "" if found is None else f"{found['confidence']:.3f} → {found['accuracy']:.3f} ({found['rows']:,})"
 
 
 def print_coverage(result: SelectResult, file: Any) -> None:

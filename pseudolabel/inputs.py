@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pyarrow as pa
 
 from pseudolabel import storage
+from pseudolabel.calibration import Calibration
 from pseudolabel.class_numbers import MAX_CLASSES, read_class
-from pseudolabel.errors import LabelError, StorageError, StoreMismatch
+from pseudolabel.errors import LabelError, SelectionError, StorageError, StoreMismatch
 from pseudolabel.labels.schema import PartInfo
 from pseudolabel.labels.store import Store
+from pseudolabel.selection import Selection
 from pseudolabel.shard_lists import Shard, real_place
 from pseudolabel.shards import ShardFile
 
@@ -43,13 +45,16 @@ class TrainingShard:
 @dataclass(frozen=True)
 class TrainingData:
     """Where batches come from. `store` holds the soft labels of `unlabeled`, and those of `labeled` if these were
-    annotated too.
+    annotated too; of `unlabeled` only what `selection` holds counts, if there is one. `calibration` says how the
+    store's logits are to be read.
     """
 
     labeled: Sequence[TrainingShard]
     unlabeled: Sequence[TrainingShard]
     store: Store | None
     num_classes: int
+    selection: Selection | None = None
+    calibration: Calibration | None = None
 
 
 def gather(
@@ -58,12 +63,15 @@ def gather(
     store: Store | None,
     classes: Sequence[str] | None = None,
     num_classes: int | None = None,
+    selection: Selection | None = None,
+    calibration: Calibration | None = None,
 ) -> tuple[TrainingData, tuple[str, ...]]:
     """Check all inputs of a training against each other; returns what to train on and the class names.
 
-    Labeled shards that were annotated into `store`, too, bring their soft labels.
+    Labeled shards that were annotated into `store`, too, bring their soft labels, whatever is selected.
 
     Raises:
+        SelectionError: a shard is not in the selection.
         LabelError: something is missing, a label is missing or out of range.
         StoreMismatch: shards differ from what was annotated, or the label spaces differ.
     """
@@ -86,17 +94,26 @@ def gather(
     if bound > MAX_CLASSES:
         raise LabelError(f"{bound} classes are more than {MAX_CLASSES}: is a label an id? mend it or --num-classes")
     soft = check_annotated(unlabeled, store) if store is not None else []
+    if store is None and (selection is not None or calibration is not None):
+        raise LabelError("a selection or calibration is about soft labels: give --unlabeled with --labels, too")
+    if store is not None and calibration is not None:
+        calibration.check(store)
+    if store is not None and selection is not None:
+        selection.check(store)
+        soft = [_selected(one, selection) for one in soft]
     if store is not None and checked and all(_is_annotated(one, store) for one in checked):
         checked = check_annotated(labeled, store)
     if sum(one.rows for one in (*checked, *soft)) == 0:
-        raise LabelError("nothing to train on: the store has no rows for these shards (all were rejected)")
+        raise LabelError(
+            "nothing to train on: the store has no rows for these shards (all were rejected, or none selected)"
+        )
     if soft and not any(one.rows for one in soft):
         raise LabelError(
-            f"{store.root if store else ''}: has no rows for the --unlabeled shards (all were rejected)\nleave out "
-            "--unlabeled and --labels to train on the labels alone"
+            f"{store.root if store else ''}: has no rows for the --unlabeled shards (all were rejected, or none "
+            "selected)\nleave out --unlabeled and --labels to train on the labels alone"
         )
     names = tuple(classes) if classes is not None else tuple(str(index) for index in range(bound))
-    return TrainingData(checked, soft, store, bound), names
+    return TrainingData(checked, soft, store, bound, selection, calibration), names
 
 
 def check_names(shards: Sequence[Shard], classes: Sequence[str]) -> None:
@@ -114,6 +131,15 @@ def check_names(shards: Sequence[Shard], classes: Sequence[str]) -> None:
         f"{shards[0].where}: the classes.txt beside it names other classes ({what}); their numbers would not mean the "
         "same\npack these images with the model's classes, or evaluate another model"
     )
+
+
+def _selected(shard: TrainingShard, selection: Selection) -> TrainingShard:
+    """The shard with as many rows as are selected. Raises `SelectionError` if it wasn't there to be selected from."""
+    if shard.shard.name not in selection.rows:
+        raise SelectionError(
+            f"{shard.shard.where}: was not in the store when {selection.root} was made; select anew, or leave it out"
+        )
+    return replace(shard, rows=selection.rows[shard.shard.name])
 
 
 def _label_space(store: Store, classes: Sequence[str] | None, num_classes: int | None) -> Sequence[str]:

@@ -88,6 +88,7 @@ class TrainingLoop:
         self._optimizer = make_optimizer(self.body, settings)
         self._scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
         self._mixture = Mixture(settings.alpha, settings.temperature, settings.loss)
+        self._calibration = data.calibration
         self._batches = TrainingBatches(
             data,
             card.preprocessing,
@@ -180,7 +181,7 @@ class TrainingLoop:
         loss = self._mixture(
             logits_BC,
             batch.labels_B,
-            batch.targets.read_as(self._settings.tail) if batch.targets is not None else None,
+            batch.targets.read_as(self._settings.tail, self._calibration) if batch.targets is not None else None,
             batch.soft_weight_B,
             num_labeled=batch.num_labeled,
             num_soft=batch.num_soft,

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from pseudolabel import storage
+from pseudolabel.calibration import Calibration, read_calibration
 from pseudolabel.checkpoint import ModelCard, save_model
 from pseudolabel.dataset import TrainingBatches
 from pseudolabel.distributed import Team
@@ -29,6 +30,7 @@ from pseudolabel.labels.encodings import parse_encoding
 from pseudolabel.labels.store import Store, open_store
 from pseudolabel.loop import TrainingLoop, TrainProgress
 from pseudolabel.rundir import RunDirectory
+from pseudolabel.selection import Selection, open_selection
 from pseudolabel.settings import TrainSettings
 from pseudolabel.shard_lists import ShardsLike, as_shards
 from pseudolabel.validate import Validation
@@ -55,6 +57,8 @@ def train(
     unlabeled: ShardsLike = (),
     store: Store | str | os.PathLike[str] | None = None,
     val: ShardsLike = (),
+    selection: Selection | str | os.PathLike[str] | None = None,
+    calibration: Calibration | str | os.PathLike[str] | None = None,
     classes: Sequence[str] | None = None,
     num_classes: int | None = None,
     device: str = "cpu",
@@ -67,14 +71,16 @@ def train(
     """Train a student into the run directory `out`, or go on with the training that was interrupted there.
 
     Shards are given listed or as on the command line. `store` holds the soft labels of `unlabeled` (and of `labeled`,
-    if they were annotated into it, too). Class names come from `classes`, the store, or the classes.txt beside the
-    labeled shards; without any, `num_classes` or the largest label says how many there are. `workers` load batches in
-    processes of their own; `threads` of the CPU train (None leaves torch's setting). Neither changes what is learned,
-    but for the last bits that another number of threads may change. Each process of a `team` (see `joined`) calls this
-    with the same arguments but its own device, and gets the same result.
+    if they were annotated into it, too); of those of `unlabeled` only what `selection` holds counts, and with a
+    `calibration` the teacher's logits are mapped first. Class names come from `classes`, the store, or the classes.txt
+    beside the labeled shards; without any, `num_classes` or the largest label says how many there are. `workers` load
+    batches in processes of their own; `threads` of the CPU train (None leaves torch's setting). Neither changes what is
+    learned, but for the last bits that another number of threads may change. Each process of a `team` (see `joined`)
+    calls this with the same arguments but its own device, and gets the same result.
 
     Raises:
-        StoreMismatch: shards differ from what was annotated, or the label spaces differ.
+        StoreMismatch: shards differ from what was annotated, the label spaces differ, or the selection or calibration
+            is of another store.
         LabelError: a label is missing or out of range.
         OutputExists: `out` holds a run with other settings or data.
         LaunchError: the processes of a team have different inputs, or are too many for the batch.
@@ -85,12 +91,15 @@ def train(
     _check_shares(settings, team)
     store = open_store(store) if isinstance(store, (str, os.PathLike)) else store
     val = as_shards(val)
-    data, names = gather(as_shards(labeled), as_shards(unlabeled), store, classes, num_classes)
+    selection = open_selection(selection) if isinstance(selection, (str, os.PathLike)) else selection
+    calibration = read_calibration(calibration) if isinstance(calibration, (str, os.PathLike)) else calibration
+    data, names = gather(as_shards(labeled), as_shards(unlabeled), store, classes, num_classes, selection, calibration)
     card = ModelCard(settings.student, names, preprocessing_of(settings))
     check_names(val, names)
     validation = Validation(val, card.preprocessing, len(names), device, team) if val else None
     if store is not None and settings.loss != "hard":
-        parse_encoding(store.identity.encoding).check_temperature(settings.temperature)
+        encoding = parse_encoding(store.identity.encoding)
+        encoding.check_temperature(settings.temperature * (calibration.temperature if calibration is not None else 1.0))
     if store is not None and settings.alpha == 0 and settings.labeled_fraction == 0:
         raise LabelError("alpha 0 leaves out the soft labels and labeled fraction 0 the labels: nothing to learn from")
     steps = _number_of_steps(settings, data)
@@ -174,6 +183,8 @@ def _identity(
         "unlabeled": contents(data.unlabeled),
         "val": validation.sha256 if validation is not None else None,
         "store": data.store.fingerprint if data.store is not None else None,
+        "selection": data.selection.fingerprint if data.selection is not None else None,
+        "calibration": data.calibration.fingerprint if data.calibration is not None else None,
     }
 
 

@@ -19,7 +19,7 @@ _AT_ONCE = 1 << 22  # counts of a chunk of resamples
 
 def measure(log_probs_NC: Tensor, label_N: Tensor) -> dict[str, Any]:
     """`accuracy`, `nll` (nats), `brier` (summed over classes), `ece`, and `mean_confidence`; `intervals` of all, at
-    95 %; `reliability`: rows, mean confidence and accuracy of each bin.
+    95 %; `reliability`: rows, mean confidence and accuracy of each bin that has rows.
     """
     probs_NC = log_probs_NC.double().exp()
     confidence_N, pred_N = probs_NC.max(dim=-1)
@@ -42,8 +42,8 @@ def measure(log_probs_NC: Tensor, label_N: Tensor) -> dict[str, Any]:
         **found,
         "intervals": {name: [low[place], high[place]] for place, name in enumerate(names)},
         "reliability": [
-            {"rows": int(rows), "confidence": float(confidence / rows), "accuracy": float(right / rows)}
-            for rows, confidence, right in zip(rows_M, confidence_M, right_M, strict=True)
+            {"bin": place, "rows": int(rows), "confidence": float(confidence / rows), "accuracy": float(right / rows)}
+            for place, (rows, confidence, right) in enumerate(zip(rows_M, confidence_M, right_M, strict=True))
             if rows
         ],
     }

@@ -37,6 +37,12 @@ def train(
     labels: Annotated[
         str | None, typer.Option(metavar="PATH", help="store of soft labels; without it, plain supervised training")
     ] = None,
+    selection: Annotated[
+        str | None, typer.Option(metavar="PATH", help="what select made: only these soft labels, so much each")
+    ] = None,
+    calibration: Annotated[
+        str | None, typer.Option(metavar="FILE", help="what calibrate made: maps the teacher's logits first")
+    ] = None,
     val: Annotated[
         list[str] | None, typer.Option(help="labeled shards that choose the best checkpoint; may be repeated")
     ] = None,
@@ -109,6 +115,8 @@ def train(
             unlabeled=list_shards(unlabeled) if unlabeled else (),
             store=open_store(labels) if labels is not None else None,
             val=list_shards(val) if val else (),
+            selection=selection,
+            calibration=calibration,
             classes=read_classes(classes) if classes is not None else None,
             num_classes=num_classes,
             overwrite=overwrite,

@@ -48,14 +48,22 @@ class Selection:
     @property
     def rows(self) -> Mapping[str, int]:
         """How many samples of each shard were selected."""
-        return dict(self.facts["shards"])
+        found: Mapping[str, int] = self.facts["shards"]
+        return found
 
-    def read(self, shard: str) -> pa.Table:
-        """Index, view and weight of a shard's rows, the whole file verified. Raises `SelectionError`, `DamagedPart`."""
+    def read(self, shard: str, sha256: str) -> pa.Table:
+        """Index, view and weight of the rows of a shard with this content, the whole file verified.
+
+        Raises:
+            SelectionError: the file is of another selection, or another content was annotated when this was selected.
+            DamagedPart.
+        """
         path = part_path(self.root, shard)
         metadata = schema.read_metadata(path)
         if (metadata.get("selection"), metadata.get("shard")) != (self.fingerprint, shard):
             raise SelectionError(f"{path}: isn't of this selection and shard; put its own file back, or select anew")
+        if metadata.get("sha256") != sha256:
+            raise SelectionError(f"{path}: shard {shard!r} was replaced since this was selected; select anew")
         return schema.read_table(path)
 
     def check(self, store: Store) -> None:
@@ -94,16 +102,19 @@ def part_path(root: Location, shard: str) -> Location:
     return root / "parts" / f"{shard}.parquet"
 
 
-def write_selection(root: Location, facts: Mapping[str, Any], parts: Iterator[tuple[str, pa.Table]]) -> Selection:
-    """Write the parts, then selection.json, which makes it one. What was there of another one is removed first. Raises
-    `StorageError`.
+def write_selection(
+    root: Location, facts: Mapping[str, Any], parts: Iterator[tuple[str, pa.Table]], sha256: Mapping[str, str]
+) -> Selection:
+    """Write the parts, of shards with these hashes, then selection.json, which makes it one. What was there of another
+    one is removed first. Raises `StorageError`.
     """
     facts = {"format_version": FORMAT_VERSION, "kind": "selection", **facts}
     facts["fingerprint"] = fingerprint(facts)
     storage.discard(root / "selection.json")
     names = set()
     for shard, table in parts:
-        metadata = {"format_version": schema.FORMAT_VERSION, "selection": facts["fingerprint"], "shard": shard}
+        belongs = {"selection": facts["fingerprint"], "shard": shard, "sha256": sha256[shard]}
+        metadata = {"format_version": schema.FORMAT_VERSION, **belongs}
         schema.write_sealed(part_path(root, shard), table, metadata)
         names.add(f"{shard}.parquet")
     for stale in storage.entries(root / "parts"):

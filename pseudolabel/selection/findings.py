@@ -10,10 +10,10 @@ from pseudolabel.selection.rules import exact_sum, filters
 from pseudolabel.settings import SelectSettings
 
 if TYPE_CHECKING:
-    from duckdb import DuckDBPyConnection
+    from pseudolabel.database import Connection
 
 
-def why_nothing(connection: DuckDBPyConnection, settings: SelectSettings, store: Store) -> str:
+def why_nothing(connection: Connection, settings: SelectSettings, store: Store) -> str:
     """The message for an empty selection: how many rows there were, and what they reach."""
     total, unlabeled, free, top = connection.execute(
         "select count(*), count(*) filter (label is null), count(*) filter (not excluded), max(confidence) from scores"
@@ -33,7 +33,7 @@ def why_nothing(connection: DuckDBPyConnection, settings: SelectSettings, store:
     )
 
 
-def findings(connection: DuckDBPyConnection, settings: SelectSettings, store: Store) -> dict[str, Any]:
+def findings(connection: Connection, settings: SelectSettings, store: Store) -> dict[str, Any]:
     """Coverage by class, and what the labels are worth."""
     among = "true" if settings.include_labeled else "label is null"
     rows = dict(connection.execute(f"select pred, count(*) from scores where {among} group by pred").fetchall())
@@ -61,7 +61,7 @@ def findings(connection: DuckDBPyConnection, settings: SelectSettings, store: St
     }
 
 
-def _worth(connection: DuckDBPyConnection, settings: SelectSettings) -> dict[str, Any]:
+def _worth(connection: Connection, settings: SelectSettings) -> dict[str, Any]:
     found = connection.execute(
         "with cut as (select pred, min(confidence) least, count(*) n from chosen group by pred) "
         "select n, count(e.pred), count(e.pred) filter (e.pred = e.label) from cut left join "

@@ -12,14 +12,12 @@ from pseudolabel.database import batches_of
 from pseudolabel.selection import SCHEMA
 
 if TYPE_CHECKING:
-    from duckdb import DuckDBPyConnection
+    from pseudolabel.database import Connection
 
 _FETCHED = 100_000  # rows that leave the database at once
 
 
-def manifest_parts(
-    connection: DuckDBPyConnection, shards: Sequence[str], num_views: int
-) -> Iterator[tuple[str, pa.Table]]:
+def manifest_parts(connection: Connection, shards: Sequence[str], num_views: int) -> Iterator[tuple[str, pa.Table]]:
     """The manifest's rows, shard by shard; a shard of which nothing is selected has none."""
     question = "select part, index, weight from chosen order by part, index"
     part, pieces = 0, list[pa.Table]()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from pseudolabel.settings import SelectSettings
 
 if TYPE_CHECKING:
-    from duckdb import DuckDBPyConnection
+    from pseudolabel.database import Connection
 
 _LIMITS = {
     "min_confidence": "confidence >= ",
@@ -34,7 +34,7 @@ def filters(settings: SelectSettings) -> str:
 
 
 def mark_candidates(
-    connection: DuckDBPyConnection, settings: SelectSettings, thresholds: Mapping[int, float] | float | None
+    connection: Connection, settings: SelectSettings, thresholds: Mapping[int, float] | float | None
 ) -> int:
     """Make the view `candidates`; `thresholds` are of all rows, or by class (others have no candidates). Returns how
     many there are.
@@ -55,7 +55,7 @@ def mark_candidates(
     return _number(connection, "select count(*) from candidates")
 
 
-def choose(connection: DuckDBPyConnection, settings: SelectSettings, num_classes: int) -> None:
+def choose(connection: Connection, settings: SelectSettings, num_classes: int) -> None:
     """Make the table `chosen(part, index, pred, confidence, label, weight)`; weights have a mean of 1."""
     size = _class_size(connection, settings)
     most = min((number for number in (settings.top_per_class, size) if number is not None), default=None)
@@ -89,7 +89,7 @@ def exact_sum(column: str) -> str:
     return f"(sum(({column}::double * 1e9)::hugeint)::double / 1e9)"
 
 
-def _class_size(connection: DuckDBPyConnection, settings: SelectSettings) -> int | None:
+def _class_size(connection: Connection, settings: SelectSettings) -> int | None:
     """How many rows balancing makes each class count for."""
     if settings.balance != "mean":
         return settings.balance
@@ -97,7 +97,7 @@ def _class_size(connection: DuckDBPyConnection, settings: SelectSettings) -> int
     return max(round(mean[0]), 1) if mean is not None and mean[0] is not None else 1
 
 
-def _number(connection: DuckDBPyConnection, question: str) -> int:
+def _number(connection: Connection, question: str) -> int:
     found = connection.execute(question).fetchone()
     assert found is not None
     return int(found[0])

@@ -30,7 +30,7 @@ from pseudolabel.labels.facts import summarize
 from pseudolabel.labels.store import Store
 
 if TYPE_CHECKING:
-    from duckdb import DuckDBPyConnection
+    from pseudolabel.database import Connection
 
 SCHEMA = pa.schema(
     [
@@ -121,7 +121,7 @@ class Scoring:
 
 
 def load_scores(
-    connection: DuckDBPyConnection,
+    connection: Connection,
     scoring: Scoring,
     shards: Sequence[str],
     excluded: Mapping[str, Sequence[int]],
@@ -155,7 +155,7 @@ def _read_ahead(scoring: Scoring, shards: Sequence[str]) -> Iterator[pa.Table]:
                 under_way.append(pool.submit(scoring.part, shard))
 
 
-def _insert(connection: DuckDBPyConnection, tables: Sequence[pa.Table]) -> None:
+def _insert(connection: Connection, tables: Sequence[pa.Table]) -> None:
     if tables:
         connection.register("batch", pa.concat_tables(tables))
         connection.execute("insert into scores select * from batch")

@@ -34,7 +34,7 @@ from pseudolabel.selection.scores import Scoring, load_scores
 from pseudolabel.settings import SelectSettings
 
 if TYPE_CHECKING:
-    from duckdb import DuckDBPyConnection
+    from pseudolabel.database import Connection
 
 Thresholds = Mapping[int, float] | float | None
 
@@ -115,10 +115,11 @@ def select(
         choose(connection, settings, store.identity.num_classes)
         found = findings(connection, settings, store)
         counts = dict(connection.execute("select part, count(*) from chosen group by part").fetchall())
-        hashes = "\n".join(f"{name} {footer.info.sha256}" for name, footer in footers.items())
+        sha256 = {name: footer.info.sha256 for name, footer in footers.items()}
+        content = "\n".join(f"{name} {digest}" for name, digest in sha256.items())
         facts = {
             "store": store.fingerprint,
-            "annotated": hashlib.sha256(hashes.encode()).hexdigest(),
+            "annotated": hashlib.sha256(content.encode()).hexdigest(),
             "settings": settings.model_dump(mode="json"),
             "calibration": None if calibration is None else {**calibration.to_json(), "facts": {}},
             "evidence": sorted(evidence) if evidence is not None else None,
@@ -127,7 +128,7 @@ def select(
             "shards": {name: counts.get(part, 0) for part, name in enumerate(shards)},
             **found,
         }
-        written = write_selection(root, facts, manifest_parts(connection, shards, store.identity.num_views))
+        written = write_selection(root, facts, manifest_parts(connection, shards, store.identity.num_views), sha256)
     return _result(written, round(time.monotonic() - started, 3))
 
 
@@ -151,7 +152,7 @@ def _check_calibration(calibration: Calibration | None, store: Store, settings: 
         )
 
 
-def _mark_evidence(connection: DuckDBPyConnection, shards: Sequence[str], evidence: Sequence[str] | None) -> None:
+def _mark_evidence(connection: Connection, shards: Sequence[str], evidence: Sequence[str] | None) -> None:
     """Make the view `evidence`: rows whose label is known and counts."""
     chosen = set(shards if evidence is None else evidence)
     connection.register(
@@ -164,7 +165,7 @@ def _mark_evidence(connection: DuckDBPyConnection, shards: Sequence[str], eviden
     )
 
 
-def _thresholds(connection: DuckDBPyConnection, settings: SelectSettings, store: Store) -> Thresholds:
+def _thresholds(connection: Connection, settings: SelectSettings, store: Store) -> Thresholds:
     """Confidences from which on the target precision is reached; None if none is asked for. Raises `SelectionError`."""
     if settings.target_precision is None:
         return None
