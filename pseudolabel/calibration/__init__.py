@@ -4,7 +4,8 @@
     log_probs_BC = calibration.log_probs(encoding, columns, num_classes, temperature=1.0)
 
 A calibration maps the logits z of a store to z/τ (temperature scaling) or w·z + b (vector scaling; Guo et al. 2017,
-arXiv:1706.04599, §4.2), and may shift them by a prior correction. What is stored stays as it is.
+arXiv:1706.04599, §4.2), and may shift them by a prior correction. Stored logits are known up to a constant of their
+row, so for the vector z is the log-probability. What is stored stays as it is.
 """
 
 from __future__ import annotations
