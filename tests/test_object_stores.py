@@ -256,7 +256,7 @@ def test_footers_are_read_from_the_ends_of_parts_and_then_from_one_file(
 ) -> None:
     """A part that is made anew is known by its new version."""
     monkeypatch.setattr("pseudolabel.labels.footers.WORTH_IT", 2)
-    monkeypatch.setattr("pseudolabel.labels.schema._FOOTER", 100)  # too few: the rest is asked for
+    monkeypatch.setattr("pseudolabel.storage.ranged._TAIL", 100)  # too few: the rest is asked for
     for number in range(4):
         write_shard(tmp_path / "shards" / f"s-{number}.tar", [("a", {"png": image_bytes(number)})])
     there = f"{bucket.url}/store"

@@ -26,7 +26,6 @@ METADATA_KEY = b"pseudolabel"
 ROW_GROUP_ROWS = 16384
 _UNSEALED = "0" * 64
 _SEAL_KEY = "file_sha256"
-_FOOTER = 1 << 16  # bytes; a footer is rarely larger
 
 _IDENTITY_FIELDS = [
     pa.field("key", pa.string(), nullable=False),
@@ -148,21 +147,49 @@ def read_table(path: Location, columns: Sequence[str] | None = None) -> pa.Table
         raise damaged(path, _first_line(error)) from error
 
 
+def read_columns(path: Location, columns: Sequence[str]) -> tuple[PartInfo, pa.Table]:
+    """What a part says of itself, and these columns of it, their page checksums verified. Of a large file little is
+    read, so not its seal: a changed footer, or a changed page header, need not be found. Raises as `read_metadata`.
+    """
+    source, remote = _open(path), isinstance(path, RemotePath)
+    try:
+        with pq.ParquetFile(source, page_checksum_verification=True, pre_buffer=remote) as file:
+            info = _part_info(path, _metadata(path, file.metadata))
+            absent = [name for name in columns if name not in file.schema_arrow.names]
+            if absent:
+                raise StoreError(f"{path}: has no column {absent[0]!r}; it has {', '.join(file.schema_arrow.names)}")
+            return info, file.read(columns=list(columns), use_threads=False).select(list(columns))
+    except PermissionError as error:
+        raise _unreadable(path, error) from error
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise damaged(path, _first_line(error)) from error
+
+
 def read_metadata(path: Location, size: int | None = None) -> dict[str, Any]:
     """The JSON of a file's footer. Raises `DamagedPart` or `StoreError` (unknown format version)."""
-    if isinstance(path, RemotePath):
-        tail = _tail(path, path.entry().size if size is None else size)
-    elif not path.is_file():
-        raise StoreError(f"{path}: no such file; annotate this shard")
-    else:
-        tail = path
+    source = _open(path, size)
     try:
-        found = pq.read_metadata(tail).metadata or {}
-        metadata = json.loads(found[METADATA_KEY])
-        version = metadata["format_version"]
+        return _metadata(path, pq.read_metadata(source))
     except PermissionError as error:
-        raise StoreError(f"{path}: not readable ({error.strerror}); change its permissions") from error
-    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+        raise _unreadable(path, error) from error
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise damaged(path, f"its footer can't be read: {_first_line(error)}") from error
+
+
+def _open(path: Location, size: int | None = None) -> Path | pa.PythonFile:
+    """What pyarrow reads: of a remote file only as much as it wants."""
+    if isinstance(path, RemotePath):
+        return pa.PythonFile(storage.RangedFile(path, size), mode="r")
+    if not path.is_file():
+        raise StoreError(f"{path}: no such file; annotate this shard")
+    return path
+
+
+def _metadata(path: Location, footer: pq.FileMetaData) -> dict[str, Any]:
+    try:
+        metadata = json.loads((footer.metadata or {})[METADATA_KEY])
+        version = metadata["format_version"]
+    except (ValueError, KeyError, TypeError) as error:
         raise damaged(path, f"its footer can't be read: {_first_line(error)}") from error
     if version != FORMAT_VERSION:
         raise StoreError(
@@ -171,22 +198,20 @@ def read_metadata(path: Location, size: int | None = None) -> dict[str, Any]:
     return dict(metadata)
 
 
-def _tail(path: RemotePath, size: int) -> pa.BufferReader:
-    """A remote file's end, which holds its footer: as much as that takes. Raises `StorageError`."""
-    tail = path.read_range(max(size - _FOOTER, 0), size)
-    length = int.from_bytes(tail[-8:-4], "little") + 8
-    if len(tail) < length <= size:
-        tail = path.read_range(size - length, size)
-    return pa.BufferReader(tail)
-
-
 def read_info(path: Location, size: int | None = None) -> PartInfo:
     """What a part says of itself, from its footer alone. Raises as `read_metadata`."""
-    metadata = read_metadata(path, size)
+    return _part_info(path, read_metadata(path, size))
+
+
+def _part_info(path: Location, metadata: Mapping[str, Any]) -> PartInfo:
     try:
         return PartInfo(**{name: metadata[name] for name in PartInfo.__dataclass_fields__})
     except KeyError as error:
         raise damaged(path, f"its metadata lacks {error}") from error
+
+
+def _unreadable(path: Location, error: OSError) -> StoreError:
+    return StoreError(f"{path}: not readable ({error.strerror}); change its permissions")
 
 
 def damaged(path: Location, why: str) -> DamagedPart:

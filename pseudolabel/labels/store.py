@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -99,8 +99,12 @@ class Store:
         Raises:
             StoreMismatch, DamagedPart.
         """
+        info = schema.read_info(self.part_path(shard), size)
+        self._check_own(info, shard)
+        return info
+
+    def _check_own(self, info: PartInfo, shard: str) -> None:
         path = self.part_path(shard)
-        info = schema.read_info(path, size)
         if info.fingerprint != self.fingerprint:
             raise StoreMismatch(
                 f"{path}: made with fingerprint {info.fingerprint[:12]}, this store has {self.fingerprint[:12]}\n"
@@ -110,11 +114,23 @@ class Store:
             raise StoreMismatch(
                 f"{path}: holds the labels of shard {info.shard!r}, not {shard!r}; give it its own name back"
             )
-        return info
 
     def read(self, shard: str, columns: list[str] | None = None) -> pa.Table:
         """A part's rows, whole file verified. Raises `DamagedPart`, `StorageError`."""
         return schema.read_table(self.part_path(shard), columns)
+
+    def read_columns(self, shard: str, columns: Sequence[str]) -> pa.Table:
+        """Some columns of a part, in the order asked for, and little else is read: their page checksums are verified,
+        the file's hash is not. For looking at many rows; training uses `read`.
+
+        Raises:
+            StoreMismatch, DamagedPart, StorageError, and StoreError if there is no such column.
+        """
+        info, table = schema.read_columns(self.part_path(shard), columns)
+        self._check_own(info, shard)
+        if columns and table.num_rows != (info.samples - info.rejects) * self.identity.num_views:
+            raise schema.damaged(self.part_path(shard), f"it has {table.num_rows} rows for {info.samples} samples")
+        return table
 
     def read_view(self, shard: str, columns: list[str] | None = None, *, view: int = 0) -> pa.Table:
         """A part's rows of one view, in the shard's order. Raises as `read`."""

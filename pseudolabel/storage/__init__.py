@@ -20,6 +20,7 @@ from pseudolabel.storage.asking import give_up, is_refused, shown
 from pseudolabel.storage.journal import Journal
 from pseudolabel.storage.local import explain_os_errors, explained, is_temporary, sync_directory
 from pseudolabel.storage.mirror import Mirror, mirrored
+from pseudolabel.storage.ranged import RangedFile
 from pseudolabel.storage.remote import Entry, RemotePath, entries_of
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "Journal",
     "Location",
     "Mirror",
+    "RangedFile",
     "RemotePath",
     "atomic_file",
     "discard",
