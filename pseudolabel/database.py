@@ -11,15 +11,18 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
-from pseudolabel.errors import StorageError
+from pseudolabel.errors import QueryError, StorageError
 
 if TYPE_CHECKING:
-    from duckdb import DuckDBPyConnection
+    from duckdb import DuckDBPyConnection, DuckDBPyRelation
 
+Connection: TypeAlias = "DuckDBPyConnection"
+Relation: TypeAlias = "DuckDBPyRelation"
 MEMORY = 400 << 20
 """Bytes that a database may hold before it spills."""
+_EXCERPT = "\nLINE "  # of the SQL, as DuckDB shows it below an error: not always the line that the user wrote
 
 
 @contextmanager
@@ -46,3 +49,33 @@ def scratch_database(memory: int = MEMORY) -> Iterator[DuckDBPyConnection]:
             ) from error
         finally:
             connection.close()
+
+
+@contextmanager
+def foreign_question(connection: Connection, sql: str) -> Iterator[Relation]:
+    """A user's SQL, which must be a single SELECT or what only reads as one does, ready to be run in the body. From
+    then on the connection opens no file and changes no setting. Raises `QueryError`, also for what the body runs into.
+    """
+    import duckdb
+
+    try:
+        statements = connection.extract_statements(sql)
+        if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
+            found = " and ".join(str(one.type).rpartition(".")[2] for one in statements[:4]) or "none"
+            raise QueryError(
+                f"a single SELECT is wanted, this is {found}: {_first_lines(sql)}\nask one question a time"
+            )
+        for setting in ("enable_external_access = false", "python_enable_replacements = false"):
+            connection.execute(f"SET {setting}")
+        connection.execute("SET lock_configuration = true")
+        yield connection.sql(sql)
+    except (duckdb.IOException, duckdb.OutOfMemoryException):
+        raise  # of the disk and the memory: `scratch_database` tells
+    except duckdb.Error as error:
+        raise QueryError(
+            f"{_first_lines(str(error).partition(_EXCERPT)[0])}\n`DESCRIBE labels` tells what is there to ask for"
+        ) from error
+
+
+def _first_lines(text: str) -> str:
+    return "\n".join([line for line in text.splitlines() if line.strip()][:3])[:500]
