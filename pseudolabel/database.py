@@ -47,6 +47,10 @@ def scratch_database(memory: int = MEMORY) -> Iterator[DuckDBPyConnection]:
                 f"{scratch}: the scratch database failed: {str(error).splitlines()[0]}\nset TMPDIR to a disk with "
                 "more space"
             ) from error
+        except RuntimeError as error:
+            if "interrupted" in str(error).lower():  # what DuckDB makes of Ctrl-C
+                raise KeyboardInterrupt from error
+            raise
         finally:
             connection.close()
 

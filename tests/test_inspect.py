@@ -18,6 +18,7 @@ from conftest import Cli, digit_like
 from object_stores import Bucket
 
 from pseudolabel import storage
+from pseudolabel.database import scratch_database
 from pseudolabel.decoding import DecodedBatch, ShardEnd
 from pseudolabel.errors import DamagedPart, QueryError, StoreError, StoreMismatch
 from pseudolabel.labels.encodings import Dense, summarize
@@ -298,6 +299,7 @@ def test_people_see_some_rows_and_how_many_more(store: Path, invoke: Invoke) -> 
         ("FROM read_text('{store}/store.json')", "file system operations are disabled"),
         ("FROM '{store}/parts/unlabeled-0.parquet'", "does not exist|disabled"),
         ("FROM glob('{store}/*')", "file system operations are disabled"),
+        ("FROM query('COPY labels TO ''x.csv''')", "Error"),
         ("SELECT * FROM tables", "Table with name tables does not exist"),
     ],
 )
@@ -332,3 +334,9 @@ def test_a_query_that_stops_early_ends_well(tmp_path: Path, cli: Cli) -> None:
     made = made_store(tmp_path / "store", rows=[3000] * 4, num_classes=200)
     found, _ = cli("inspect", made.root, "--sql", "SELECT key, logits FROM labels LIMIT 1")
     assert len(found["rows"][0][1]) == 200
+
+
+def test_ctrl_c_is_not_an_error_of_a_query() -> None:
+    """DuckDB makes a RuntimeError of it."""
+    with pytest.raises(KeyboardInterrupt), scratch_database():
+        raise RuntimeError("Query interrupted")

@@ -129,7 +129,7 @@ class _Parts(ds.InMemoryDataset):  # type: ignore[misc]
     batches. pyarrow's own scanner would read ahead in threads that can crash a process which ends.
     """
 
-    failure: PseudolabelError | None = None
+    failure: PseudolabelError | KeyboardInterrupt | None = None
 
     def __init__(
         self, schema: pa.Schema, shards: Sequence[str], read: Callable[[str, Sequence[str]], pa.Table]
@@ -152,7 +152,7 @@ class _Parts(ds.InMemoryDataset):  # type: ignore[misc]
                     table = table.filter(condition)
                 for batch in table.select(projected.names).to_batches(max_chunksize=_BATCH_ROWS):
                     yield batch.cast(projected)
-        except PseudolabelError as error:
+        except (PseudolabelError, KeyboardInterrupt) as error:
             self.failure = error  # of which DuckDB would pass on the text alone
             raise
 
