@@ -11,18 +11,19 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
-from pseudolabel.errors import StorageError
+from pseudolabel.errors import QueryError, StorageError
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    from duckdb import DuckDBPyConnection
+    from duckdb import DuckDBPyConnection, DuckDBPyRelation
 
-    Connection = DuckDBPyConnection
-
+Connection: TypeAlias = "DuckDBPyConnection"
+Relation: TypeAlias = "DuckDBPyRelation"
 MEMORY = 400 << 20
 """Bytes that a database may hold before it spills."""
+_EXCERPT = "\nLINE "  # of the SQL, as DuckDB shows it below an error: not always the line that the user wrote
 
 
 @contextmanager
@@ -47,6 +48,10 @@ def scratch_database(memory: int = MEMORY) -> Iterator[Connection]:
                 f"{scratch}: the scratch database failed: {str(error).splitlines()[0]}\nset TMPDIR to a disk with "
                 "more space"
             ) from error
+        except RuntimeError as error:
+            if "interrupted" in str(error).lower():  # what DuckDB makes of Ctrl-C
+                raise KeyboardInterrupt from error
+            raise
         finally:
             connection.close()
 
@@ -63,3 +68,33 @@ def batches_of(connection: Connection, question: str, rows: int) -> Iterator[pa.
     reader = connection.sql(question).to_arrow_reader(rows)
     assert reader is not None
     yield from reader
+
+
+@contextmanager
+def foreign_question(connection: Connection, sql: str) -> Iterator[Relation]:
+    """A user's SQL, which must be a single SELECT or what only reads as one does, ready to be run in the body. From
+    then on the connection opens no file and changes no setting. Raises `QueryError`, also for what the body runs into.
+    """
+    import duckdb
+
+    try:
+        statements = connection.extract_statements(sql)
+        if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
+            found = " and ".join(str(one.type).rpartition(".")[2] for one in statements[:4]) or "none"
+            raise QueryError(
+                f"a single SELECT is wanted, this is {found}: {_first_lines(sql)}\nask one question a time"
+            )
+        for setting in ("enable_external_access = false", "python_enable_replacements = false"):
+            connection.execute(f"SET {setting}")
+        connection.execute("SET lock_configuration = true")
+        yield connection.sql(sql)
+    except (duckdb.IOException, duckdb.OutOfMemoryException):
+        raise  # of the disk and the memory: `scratch_database` tells
+    except duckdb.Error as error:
+        raise QueryError(
+            f"{_first_lines(str(error).partition(_EXCERPT)[0])}\n`DESCRIBE labels` tells what is there to ask for"
+        ) from error
+
+
+def _first_lines(text: str) -> str:
+    return "\n".join([line for line in text.splitlines() if line.strip()][:3])[:500]

@@ -39,6 +39,10 @@ class StoreMismatch(PseudolabelError):
     """A store, a part or a shard doesn't belong to the other."""
 
 
+class QueryError(PseudolabelError):
+    """A question in SQL is wrong, asks for more than reading, or has too long an answer."""
+
+
 class DamagedPart(PseudolabelError):
     """A Parquet file of a store is torn or corrupted."""
 

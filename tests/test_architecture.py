@@ -13,10 +13,19 @@ MODULES = {
     for path in ROOT.rglob("*.py")
 }
 IMPLEMENTATIONS = {name for name in MODULES if name.startswith(("teachers.", "engines."))}
-VERBS = {"pack", "annotate", "train", "evaluate", "labels.verify", "labels.summary"}
+VERBS = {
+    "pack",
+    "annotate",
+    "train",
+    "evaluate",
+    "labels.verify",
+    "labels.summary",
+    "labels.query",
+    "labels.histograms",
+}
 VERBS |= {"calibration.calibrate", "selection.select"}
 VERBS |= {name for name in MODULES if name.split(".")[0] == "plan"}
-OUTER = {"rounds", "demo", "display", "__main__"} | {name for name in MODULES if name.split(".")[0] == "cli"}
+OUTER = {"rounds", "demo", "display", "charts", "__main__"} | {name for name in MODULES if name.split(".")[0] == "cli"}
 
 
 def imports_of(name: str) -> set[str]:

@@ -125,7 +125,7 @@ def test_a_store_goes_on_with_its_own_teacher_and_settings_only(
 @pytest.mark.parametrize(
     ("option", "value", "kind", "said"),
     [
-        ("--encoding", "topk:0", "SpecError", "'topk:0' is not an encoding; write dense or topk:K"),
+        ("--encoding", "topk:0", "SpecError", "'topk:0' is not an encoding; write dense, dense8, topk:K"),
         ("--encoding", "topk:99", "SpecError", "topk:99: the teacher has only 4 classes"),
         ("--encoding", "sparse", "SpecError", "'sparse' is not an encoding"),
         ("--precision", "fp8", "RecipeError", "precision: Input should be 'auto', 'fp32', 'bf16' or 'fp16'"),

@@ -36,7 +36,10 @@ from pseudolabel.forkserver import fork_server
 
 if TYPE_CHECKING:
     from pseudolabel.interfaces import Teacher
+    from pseudolabel.labels.store import Store
     from pseudolabel.shard_lists import Shard
+
+_ROWS_SHOWN = 20
 
 
 @command
@@ -168,25 +171,63 @@ def _work(
 def inspect(
     store: Annotated[str, typer.Argument(help="a store")],
     rejects: Annotated[bool, typer.Option("--rejects", help="list every rejected sample with its reason")] = False,
+    histograms: Annotated[
+        bool, typer.Option("--histograms", help="count confidence, entropy, margin, classes; compare with labels")
+    ] = False,
+    view: Annotated[
+        int | None, typer.Option(min=0, help="the view that --histograms counts [0]", show_default=False)
+    ] = None,
+    sql: Annotated[
+        str | None,
+        typer.Option(metavar="SELECT", help="answer a question in SQL over the tables labels, rejects and classes"),
+    ] = None,
     as_json: Json = False,
 ) -> Mapping[str, Any]:
     """Say what is in a store."""
+    if sql is not None and (rejects or histograms):
+        raise typer.BadParameter("--sql stands alone: its answer is all that is printed")
+    if view is not None and not histograms:
+        raise typer.BadParameter("--view belongs to --histograms")
     from pseudolabel.labels.store import open_store
     from pseudolabel.labels.summary import list_rejects, summarize_store
 
     opened = open_store(store)
+    if sql is not None:
+        return _answer(opened, sql, as_json)
     summary = dataclasses.asdict(summarize_store(opened))
-    shown = {name: value for name, value in summary.items() if name not in ("fidelity", "teacher", "classes")}
-    for name, by_temperature in summary["fidelity"].items():
-        shown[f"KL(full || stored), {name}"] = ", ".join(f"{value:.2g} at T={t}" for t, value in by_temperature.items())
-    shown["classes"] = ", ".join(summary["classes"][:20]) + (", …" if len(summary["classes"]) > 20 else "")
-    shown["teacher"] = json.dumps(summary["teacher"])
-    print_pairs(shown, for_people(as_json))
+    print_pairs(_shown(summary), for_people(as_json))
+    if histograms:
+        from pseudolabel.charts import print_histograms
+        from pseudolabel.labels.histograms import store_histograms
+
+        found = store_histograms(opened, view=view or 0)
+        print_histograms(found, opened.identity.classes, for_people(as_json))
+        summary["histograms"] = found.to_json()
     if rejects:
         summary["rejected"] = list(list_rejects(opened))
         for one in summary["rejected"]:
             print("{shard}: sample {key!r} ({stage}): {detail}".format(**one), file=for_people(as_json))
     return summary
+
+
+def _shown(summary: Mapping[str, Any]) -> dict[str, Any]:
+    shown = {name: value for name, value in summary.items() if name not in ("fidelity", "teacher", "classes")}
+    for name, by_temperature in summary["fidelity"].items():
+        shown[f"KL(full || stored), {name}"] = ", ".join(f"{value:.2g} at T={t}" for t, value in by_temperature.items())
+    shown["classes"] = ", ".join(summary["classes"][:20]) + (", …" if len(summary["classes"]) > 20 else "")
+    shown["teacher"] = json.dumps(summary["teacher"])
+    return shown
+
+
+def _answer(store: Store, sql: str, as_json: bool) -> Mapping[str, Any]:
+    """People get the first rows, a script all of them."""
+    from pseudolabel.charts import print_answer
+    from pseudolabel.labels.query import query_store
+
+    answer = query_store(store, sql, None if as_json else _ROWS_SHOWN)
+    if not as_json:
+        print_answer(answer, for_people(as_json))
+    return {"columns": answer.columns, "rows": answer.rows}
 
 
 @command

@@ -167,13 +167,22 @@ def read_columns(path: Location, columns: Sequence[str]) -> tuple[PartInfo, pa.T
 
 def read_metadata(path: Location, size: int | None = None) -> dict[str, Any]:
     """The JSON of a file's footer. Raises `DamagedPart` or `StoreError` (unknown format version)."""
+    return _metadata(path, _footer(path, size))
+
+
+def _footer(path: Location, size: int | None = None) -> pq.FileMetaData:
     source = _open(path, size)
     try:
-        return _metadata(path, pq.read_metadata(source))
+        return pq.read_metadata(source)
     except PermissionError as error:
         raise _unreadable(path, error) from error
     except (pa.ArrowException, OSError, ValueError) as error:
         raise damaged(path, f"its footer can't be read: {_first_line(error)}") from error
+
+
+def read_schema(path: Location) -> pa.Schema:
+    """A file's columns, from its footer alone. Raises as `read_metadata`."""
+    return _footer(path).schema.to_arrow_schema().remove_metadata()
 
 
 def _open(path: Location, size: int | None = None) -> Path | pa.PythonFile:
