@@ -43,6 +43,14 @@ class DamagedPart(PseudolabelError):
     """A Parquet file of a store is torn or corrupted."""
 
 
+class ForeignFile(PseudolabelError):
+    """Something in a store that none of our commands wrote."""
+
+
+class OtherLabels(PseudolabelError):
+    """Labels of a store are not those that its teacher gives when it is asked again."""
+
+
 class DamagedModel(PseudolabelError):
     """A model or checkpoint directory is incomplete or corrupted."""
 

@@ -13,7 +13,7 @@ MODULES = {
     for path in ROOT.rglob("*.py")
 }
 IMPLEMENTATIONS = {name for name in MODULES if name.startswith(("teachers.", "engines."))}
-VERBS = {"pack", "annotate", "train", "evaluate", "labels.verify", "labels.summary"}
+VERBS = {"pack", "annotate", "train", "evaluate", "labels.verify", "labels.summary", "reannotate"}
 VERBS |= {name for name in MODULES if name.split(".")[0] == "plan"}
 OUTER = {"rounds", "demo", "display", "__main__"} | {name for name in MODULES if name.split(".")[0] == "cli"}
 
