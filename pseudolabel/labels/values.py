@@ -28,6 +28,7 @@ _ROUNDING = 1e-3  # of float32 sums over many classes
 _ROUNDING16 = 1e-3  # relative, of float16
 _SEEDS = 1 << 53
 _OTHER_PRED = "pred is not the class of the largest logit"
+_OTHER_CONFIDENCE = "confidence is not what the logits say"
 
 
 class Wrong(NamedTuple):
@@ -38,17 +39,19 @@ class Wrong(NamedTuple):
 
 
 class _Own(NamedTuple):
-    """What the rules of an encoding know beside its columns; `pred_N` is None for an ensemble's members."""
+    """What the rules of an encoding know beside its columns. Of an ensemble's members no row is summed up."""
 
     num_classes: int
     draws: int
-    pred_N: Values | None
+    summary: tuple[Values, Values] | None  # pred_N, confidence_N
 
 
 def wrong_values(batch: pa.RecordBatch, fields: Sequence[pa.Field], encoding: str, num_classes: int) -> Iterator[Wrong]:
-    """All rules on some rows of a part, one at least, whose columns have the right types; `fields` are the encoding's
-    and those of members.
+    """All rules on some rows of a part whose columns have the right types; `fields` are the encoding's and those of
+    members.
     """
+    if not batch.num_rows:
+        return
     draws = int(found[1]) if (found := _DRAWS.match(encoding)) else 0
     for name in batch.schema.names:
         yield from _without_value(name, batch.column(name))
@@ -60,7 +63,8 @@ def wrong_values(batch: pa.RecordBatch, fields: Sequence[pa.Field], encoding: st
         prefix = found[0] if (found := _MEMBER.match(field.name)) else ""
         groups.setdefault(prefix, {})[field.name.removeprefix(prefix)] = batch.column(field.name)
     for prefix, columns in groups.items():
-        own = _Own(num_classes, draws, None if prefix else batch.column("pred").to_numpy())
+        pred_N, confidence_N = batch.column("pred").to_numpy(), batch.column("confidence").to_numpy()
+        own = _Own(num_classes, draws, None if prefix else (pred_N, confidence_N))
         for name in columns.keys() & _RULES.keys():
             for what, rows_N in _RULES[name](columns, own):
                 yield Wrong(f"{prefix}{what}", rows_N)
@@ -138,8 +142,16 @@ def _views(batch: pa.RecordBatch) -> Iterator[Wrong]:
 
 def _of_pred(values_NC: Values, own: _Own) -> Values:
     """Each row's value of its `pred`, which need be no class."""
-    assert own.pred_N is not None
-    found: Values = values_NC[np.arange(len(values_NC)), own.pred_N.clip(0, own.num_classes - 1)]
+    assert own.summary is not None
+    found: Values = values_NC[np.arange(len(values_NC)), own.summary[0].clip(0, own.num_classes - 1)]
+    return found
+
+
+def _is_other(own: _Own, logits_NC: NDArray[np.float32], relative_N: Values | float = 0.0) -> Rows:
+    """Where the confidence isn't the largest probability, which these logits, the largest 0, know up to rounding."""
+    assert own.summary is not None
+    largest_N = 1 / np.exp(logits_NC, out=logits_NC).sum(axis=-1)
+    found: Rows = np.abs(largest_N - own.summary[1]) > 5 * _ROUNDING16 + relative_N * largest_N
     return found
 
 
@@ -155,8 +167,10 @@ def _dense(columns: Mapping[str, pa.Array], own: _Own) -> Iterator[Wrong]:
     yield Wrong("logits are above 0", positive_NC.any(axis=1))
     magnitude_NC = bits_NC & 0x7FFF
     yield Wrong("logits have no 0", magnitude_NC.min(axis=1) != 0)
-    if own.pred_N is not None:
-        yield Wrong(_OTHER_PRED, _of_pred(_matrix(columns["logits"]), own) < -_ROUNDING16)
+    if own.summary is not None:
+        logits_NC = _matrix(columns["logits"])
+        yield Wrong(_OTHER_PRED, _of_pred(logits_NC, own) < -_ROUNDING16)
+        yield Wrong(_OTHER_CONFIDENCE, _is_other(own, logits_NC.astype(np.float32)))
 
 
 def _dense8(columns: Mapping[str, pa.Array], own: _Own) -> Iterator[Wrong]:
@@ -166,8 +180,10 @@ def _dense8(columns: Mapping[str, pa.Array], own: _Own) -> Iterator[Wrong]:
     yield Wrong("logits8 have no 255", levels_NC.max(axis=1) != 255)
     yield Wrong("logits8 have no 0", (levels_NC.min(axis=1) != 0) & (min_N < 0))
     yield Wrong("logit_min is not from -100 to 0", (min_N > 0) | (min_N < -100))
-    if own.pred_N is not None:
+    if own.summary is not None:
         yield Wrong(_OTHER_PRED, min_N * (1 - _of_pred(levels_NC, own) / 255) < -_ROUNDING16)
+        logits_NC = min_N[:, None] * (1 - levels_NC * np.float32(1 / 255))
+        yield Wrong(_OTHER_CONFIDENCE, _is_other(own, logits_NC, np.expm1(-min_N / 255 / 2)))
 
 
 def _topk(columns: Mapping[str, pa.Array], own: _Own) -> Iterator[Wrong]:
@@ -187,9 +203,11 @@ def _topk(columns: Mapping[str, pa.Array], own: _Own) -> Iterator[Wrong]:
     else:
         last_N = logit_NK[:, -1]
         yield Wrong("tail_mean is above the kept logits", mean_N > last_N + _ROUNDING16 * (1 + np.abs(last_N)))
-    if own.pred_N is not None:
+    if own.summary is not None:
+        pred_N, confidence_N = own.summary
+        yield Wrong(_OTHER_CONFIDENCE, np.abs(np.exp(-lse_N) - confidence_N) > _ROUNDING16)
         high_NK = logit_NK >= -_ROUNDING16
-        own_N = (high_NK & (id_NK == own.pred_N[:, None])).any(axis=1) | high_NK.all(axis=1)
+        own_N = (high_NK & (id_NK == pred_N[:, None])).any(axis=1) | high_NK.all(axis=1)
         yield Wrong(_OTHER_PRED, ~own_N)
 
 

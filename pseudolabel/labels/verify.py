@@ -40,11 +40,14 @@ from pseudolabel.labels.store import Store, open_store
 from pseudolabel.reannotate import TOLERANCE, Compared, Reannotation
 from pseudolabel.shard_lists import Shard, ShardsLike, as_shards
 from pseudolabel.shards import ShardFile
-from pseudolabel.storage import Entry, Location
+from pseudolabel.storage import Location
 
 _OF_A_STORE = ("store.json", "annotate.json", "parts", "rejects", "log")
 _NOTED = (DamagedPart, DamagedShard, ForeignFile, OtherLabels, StorageError, StoreError, StoreMismatch)
 _REPAIRED = ("DamagedPart", "StoreMismatch", "OtherLabels")  # kinds that annotating the shard again mends
+
+
+_SEAL = b'"file_sha256":"'
 
 
 @dataclass(frozen=True)
@@ -138,9 +141,9 @@ class _Checking:
 
     def run(self) -> None:
         self._look_for_strangers()
-        for name, entry in self.entries.items():
+        for name in self.entries:
             with self._noting(name):
-                self._check(name, entry)
+                self.check(name)
         if self._again is not None and self._again.nearest is not None:
             name, position = self._again.nearest
             with self._noting(name), ShardFile(self._by_name[name]) as opened:
@@ -171,10 +174,11 @@ class _Checking:
             detail = f"{path}: doesn't belong into a store; remove it"
             self.problems.append(Problem(path.name, ForeignFile.__name__, detail))
 
-    def _check(self, name: str, entry: Entry) -> None:
+    def check(self, name: str) -> None:
+        """All of one part. Raises what is wrong with it."""
         path = self._store.part_path(name)
         part = self._read_part(name)
-        info = self._store.info(name, entry.size)
+        info = self._store.info(name, self.entries[name].size)
         rejects = self._read_rejects(name)
         check_part(path, self._store.identity, info, part, rejects)
         if name in self._by_name:
@@ -226,8 +230,10 @@ def _is_foreign(path: Location) -> bool:
     """Whether a file that carries no seal is whole Parquet of someone else's: damage leaves one of our two marks."""
     with storage.explain_os_errors(path, "reading"):
         content = path.read_bytes()
+    if _SEAL in content:
+        return False
     try:
         facts = pq.read_metadata(pa.BufferReader(content)).metadata or {}
     except (pa.ArrowException, OSError, ValueError):
         return False
-    return schema.METADATA_KEY not in facts and b'"file_sha256":"' not in content
+    return schema.METADATA_KEY not in facts
