@@ -24,6 +24,7 @@ from pseudolabel.storage import Location
 
 _STAGES = ("label", "decode", "forward")
 _NO_LABEL = -1
+_VALUES = 1 << 21  # looked at together: a cache's worth, and no second part in memory
 
 
 def stored_fields(identity: StoreIdentity) -> list[pa.Field]:
@@ -48,7 +49,7 @@ def check_part(path: Location, identity: StoreIdentity, info: PartInfo, part: pa
     _check_order(path, info, identity.num_views, part, rejects)
     _check_keys(path, identity.num_views, part, rejects)
     with np.errstate(all="ignore"):  # what overflows is wrong, and will be said to be
-        for batch in part.to_batches():
+        for batch in part.to_batches(max(_VALUES // identity.num_classes, 1)):
             for what, rows_N in wrong_values(batch, fields, identity.encoding, identity.num_classes):
                 if rows_N.any():
                     row = {name: batch.column(name)[int(rows_N.argmax())].as_py() for name in batch.schema.names[:6]}
