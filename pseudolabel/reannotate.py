@@ -1,6 +1,6 @@
 """Are a store's labels those of its teacher? Some samples are annotated again, and compared row by row.
 
-    again = Reannotation(store, "checkpoint:runs/teacher", share=0.001)
+    again = Reannotation(store, "checkpoint:runs/teacher", share=0.001, tolerance=0.01)
     again.compare(opened, part, rejects)          a shard's drawn samples; raises OtherLabels
     again.found.worst_kl
 
@@ -40,10 +40,6 @@ from pseudolabel.shards import ShardFile
 from pseudolabel.teachers import parse_teacher
 from pseudolabel.views.augment import ViewPlan
 
-TOLERANCE = 0.01
-"""Nats. Batches of other sizes and other devices give less than 1e-5 in float32 and a few thousandths in bf16; labels
-of another sample or teacher give tenths and more."""
-
 _EQUAL = ("key", "index", "view", "crop", "flip", "aug_seed", "label")
 _SLACK = 1e-3  # of float16, in the summary's probabilities
 
@@ -68,8 +64,8 @@ class Reannotation:
         teacher: Teacher | str,
         *,
         share: float,
+        tolerance: float,
         seed: int = 0,
-        tolerance: float = TOLERANCE,
         device: str = "cpu",
     ) -> None:
         """Load the teacher. Raises `StoreMismatch` if it is not the store's, `SpecError`."""

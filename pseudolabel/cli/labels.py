@@ -221,8 +221,7 @@ def verify(
 ) -> Mapping[str, Any]:
     """Read every byte of a store again: hashes, counts, order, values. Exit code 1 if anything is wrong."""
     from pseudolabel.labels.store import open_store
-    from pseudolabel.labels.verify import verify
-    from pseudolabel.reannotate import TOLERANCE
+    from pseudolabel.labels.verify import TOLERANCE, verify
     from pseudolabel.shard_lists import list_shards
 
     asked = None
