@@ -6,7 +6,7 @@ Batches never span shards, so what is made of a shard depends on nothing but the
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from queue import Full, Queue
@@ -91,7 +91,7 @@ def shard_end(opened: ShardFile, sha256: str) -> ShardEnd:
     return ShardEnd(opened.size, sha256, len(opened))
 
 
-def decode_samples(opened: ShardFile, positions: range, decoding: Decoding) -> DecodedBatch:
+def decode_samples(opened: ShardFile, positions: Sequence[int], decoding: Decoding) -> DecodedBatch:
     """Decode some of a shard's samples; what can't be decoded is a reject."""
     batch = DecodedBatch()
     prepared: list[tuple[Tensor, ...]] = []

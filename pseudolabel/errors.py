@@ -55,6 +55,14 @@ class SelectionError(PseudolabelError):
     """A selection would be empty, can't be read, or doesn't fit."""
 
 
+class ForeignFile(PseudolabelError):
+    """Something in a store that none of our commands wrote."""
+
+
+class OtherLabels(PseudolabelError):
+    """Labels of a store are not those that its teacher gives when it is asked again."""
+
+
 class DamagedModel(PseudolabelError):
     """A model or checkpoint directory is incomplete or corrupted."""
 

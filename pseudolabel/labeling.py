@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -25,7 +25,16 @@ from typing import Any
 import torch
 
 from pseudolabel.decode_processes import decode_in_processes, decoding_processes
-from pseudolabel.decoding import DecodedBatch, Decoding, Prepare, ShardEnd, ahead, decode_shard, decode_shards
+from pseudolabel.decoding import (
+    DecodedBatch,
+    Decoding,
+    Prepare,
+    ShardEnd,
+    ahead,
+    decode_samples,
+    decode_shard,
+    decode_shards,
+)
 from pseudolabel.errors import DamagedShard, SpecError
 from pseudolabel.forward import Forward, UnderWay, member_fields
 from pseudolabel.interfaces import LoadedTeacher, Teacher
@@ -36,7 +45,7 @@ from pseudolabel.labels.store import Store, StoreIdentity
 from pseudolabel.precision import resolve_precision
 from pseudolabel.settings import AnnotateSettings
 from pseudolabel.shard_lists import Shard
-from pseudolabel.shards import fetched_ahead
+from pseudolabel.shards import ShardFile, fetched_ahead
 from pseudolabel.stages import Stages
 from pseudolabel.views.augment import ViewPlan, preprocessings
 from pseudolabel.views.draw import row_seeds
@@ -112,6 +121,20 @@ def annotate_shard(
             return builder.finish(batch)
         builder.add(batch, forward.finish(_started(forward, batch)) if batch.inputs else None)
     raise AssertionError("a shard's batches end with a ShardEnd")
+
+
+def annotate_samples(
+    opened: ShardFile, positions: Sequence[int], teacher: LoadedTeacher, settings: AnnotateSettings, forward: Forward
+) -> AnnotatedShard:
+    """Label some samples of an opened shard, in ascending order, as `annotate_shard` labels all; its facts are of no
+    use. `settings` leave nothing to the device, and `forward` was made with them.
+    """
+    builder = _builder(opened.shard, teacher, settings, "")
+    decoding = _decoding(teacher, settings)
+    for start in range(0, len(positions), decoding.samples):
+        batch = decode_samples(opened, positions[start : start + decoding.samples], decoding)
+        builder.add(batch, forward.finish(_started(forward, batch)) if batch.inputs else None)
+    return builder.finish(ShardEnd(opened.size, "", len(positions)))
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ VERBS = {
     "labels.summary",
     "labels.query",
     "labels.histograms",
+    "reannotate",
 }
 VERBS |= {"calibration.calibrate", "selection.select"}
 VERBS |= {name for name in MODULES if name.split(".")[0] == "plan"}

@@ -50,7 +50,11 @@ def made_store(root: Path, *, rows: Sequence[int], num_classes: int = 4, num_vie
     for part, count in enumerate(rows):
         builder = PartBuilder(f"s-{part}", encoding, num_classes, store.fingerprint, num_views)
         logits_BC = 2 * torch.randn(count * num_views, num_classes, generator=torch.Generator().manual_seed(part))
-        columns = {**encoding.encode(logits_BC, torch.zeros(len(logits_BC)).long()), **summarize(logits_BC), "finite": torch.ones(len(logits_BC))}
+        columns = {
+            **encoding.encode(logits_BC, torch.zeros(len(logits_BC)).long()),
+            **summarize(logits_BC),
+            "finite": torch.ones(len(logits_BC)),
+        }
         numbers = range(count)
         views = [tuple(View(view) for view in range(num_views)) for _ in numbers]
         labels = [None if number % 3 == 2 else number % num_classes for number in numbers]

@@ -99,6 +99,31 @@ def test_the_whole_way_from_url_to_url(
     assert not any(secret.encode() in storage.location(f"s3://{name}").read_bytes() for name in everything)
 
 
+def test_verify_repairs_a_store_at_a_url(
+    bucket: Bucket, remote_corpus: str, teacher_dir: Path, corpus: Path, answer: Callable[..., dict[str, Any]]
+) -> None:
+    """What is damaged or foreign there is told apart, and only the damaged is deleted."""
+    write_shard(corpus / "spoiled.tar", [("good", {"png": image_bytes()}), ("bad", {"png": b"no image"})])
+    storage.location(f"{remote_corpus}/unlabeled/spoiled.tar").put(corpus / "spoiled.tar")  # type: ignore[union-attr]
+    there, shards = f"{bucket.url}/store", f"{remote_corpus}/unlabeled"
+    annotate_here(shards, teacher_dir, there)
+    whole = labels(there)
+    for name in ("parts/unlabeled-1.parquet", "rejects/spoiled.parquet"):
+        storage.write_atomic(storage.location(f"{there}/{name}"), b"torn")
+    storage.write_atomic(storage.location(f"{there}/parts/notes.txt"), b"mine")
+    storage.write_atomic(storage.location(f"{there}/old/notes.txt"), b"mine")
+    again = {"teacher": f"checkpoint:{teacher_dir}", "sample": 0.1}
+    found = verify(there, shards, repair=True, **again)  # type: ignore[arg-type]
+    assert [one.part for one in found.problems] == ["old", "notes.txt"]
+    assert [one.part for one in found.repaired] == ["spoiled", "unlabeled-1"]
+    assert found.compared > 0
+    for name in ("parts/notes.txt", "old/notes.txt"):
+        storage.discard(storage.location(f"{there}/{name}"))
+    assert verify(there).ok
+    assert answer("annotate", shards, "--teacher", again["teacher"], "--out", there, "--device", "cpu")["parts_written"]
+    assert labels(there) == whole
+
+
 def test_a_recipe_is_run_from_url_to_url(
     bucket: Bucket, remote_corpus: str, teacher_dir: Path, answer: Callable[..., dict[str, Any]]
 ) -> None:

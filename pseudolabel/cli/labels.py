@@ -233,19 +233,72 @@ def _answer(store: Store, sql: str, as_json: bool) -> Mapping[str, Any]:
 @command
 def verify(
     store: Annotated[str, typer.Argument(help="a store")],
-    shards: Annotated[list[str] | None, typer.Option(help="also compare with these shards: content and keys")] = None,
+    shards: Annotated[
+        list[str] | None, typer.Option(help="also compare with these shards: content, keys and labels")
+    ] = None,
+    sample: Annotated[
+        float,
+        typer.Option(min=0.0, max=1.0, help="share of the shards' samples that are annotated again, one at least"),
+    ] = 0.0,
+    teacher: Annotated[
+        list[str] | None, typer.Option(help="with --sample: the store's teacher, as it was given to annotate")
+    ] = None,
+    class_map: ClassMap = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(help="nats of KL that a row annotated again may differ by [0.01]", show_default=False),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=(1 << 63) - 1, help="decides which samples are annotated again")] = 0,
+    device: Device = "auto",
+    repair: Annotated[
+        bool,
+        typer.Option(
+            "--repair",
+            help="delete parts, with their rejects, that are damaged, don't belong, or differ when annotated again, so "
+            "that annotate makes just these anew; exit code 0 if nothing else is wrong",
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> Mapping[str, Any]:
-    """Read every byte of a store again: hashes, counts, order. Exit code 1 if anything is wrong."""
+    """Read every byte of a store again: hashes, counts, order, values. Exit code 1 if anything is wrong."""
     from pseudolabel.labels.store import open_store
-    from pseudolabel.labels.verify import verify
+    from pseudolabel.labels.verify import TOLERANCE, verify
     from pseudolabel.shard_lists import list_shards
 
-    result = verify(open_store(store), list_shards(shards) if shards else ())
+    asked = None
+    idle = {"--class-map": class_map is not None and not teacher, "--tolerance": tolerance is not None and not sample}
+    for option in (name for name, is_idle in idle.items() if is_idle):
+        print(f"note: without --sample and --teacher, {option} has no effect", file=sys.stderr)
+    if teacher:
+        from pseudolabel.engines.local import resolve_device
+        from pseudolabel.teachers import parse_teachers
+
+        asked, device = parse_teachers(teacher, class_map), resolve_device(device)
+    result = verify(
+        open_store(store),
+        list_shards(shards) if shards else (),
+        teacher=asked,
+        sample=sample,
+        tolerance=TOLERANCE if tolerance is None else tolerance,
+        seed=seed,
+        device=device,
+        repair=repair,
+    )
     for problem in result.problems:
         print(f"{problem.kind}: {problem.detail}", file=sys.stderr)
-    print_pairs(
-        {"ok": result.ok, "parts": result.parts, "rows": result.rows, "problems": len(result.problems)},
-        for_people(as_json),
-    )
+    for problem in result.repaired:
+        print(f"deleted, as {problem.kind}: {problem.detail}", file=sys.stderr)
+    shown: dict[str, Any] = {
+        "ok": result.ok,
+        "parts": result.parts,
+        "rows": result.rows,
+        "problems": len(result.problems),
+    }
+    if repair:
+        shown["repaired"] = ", ".join(problem.part for problem in result.repaired) or "nothing"
+    if sample:
+        nats = {"mean KL": result.mean_kl, "worst KL": result.worst_kl}
+        shown |= {"compared": result.compared, **{name: f"{value or 0:.2g}" for name, value in nats.items()}}
+        shown["worst row"] = result.worst_row
+    print_pairs(shown, for_people(as_json))
     return dataclasses.asdict(result)

@@ -195,7 +195,7 @@ def create(root: str | os.PathLike[str], identity: StoreIdentity) -> Store:
     if found.fingerprint != store.fingerprint:
         raise StoreMismatch(
             f"{store.root}: this store was made from something else:\n"
-            + "\n".join(_differences(found.identity.to_json(), identity.to_json())[:3])
+            + "\n".join(differences(found.identity.to_json(), identity.to_json())[:3])
             + "\nuse the same settings to go on with it, or another --out"
         )
     store.tidy()
@@ -234,13 +234,13 @@ def open_store(root: str | os.PathLike[str]) -> Store:
     return Store(directory, identity)
 
 
-def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any], where: str = "") -> list[str]:
+def differences(found: Mapping[str, Any], wanted: Mapping[str, Any], where: str = "") -> list[str]:
     """One line per value that differs, by its dotted path."""
     lines = []
     for name in sorted(found.keys() | wanted.keys()):
         old, new = found.get(name), wanted.get(name)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
-            lines += _differences(old, new, f"{where}{name}.")
+            lines += differences(old, new, f"{where}{name}.")
         elif old != new:
             lines.append(f"  {where}{name}: the store has {_short(old)}, this run {_short(new)}")
     return lines
