@@ -2,11 +2,12 @@
 
 Thresholds are tested one after the other from high to low, each for the hypothesis that the precision above it is
 *below* the target: of n labeled rows above it, k are right, and the hypothesis is rejected if a binomial with the
-target's probability gives k or more with a chance of at most 1 − certainty. The first threshold that is not rejected
-ends the walk. In such a fixed sequence every test may use the whole error (Bauer 1991; Angelopoulos et al. 2021,
-arXiv:2110.01052, §3), however many there are, so long as the sequence doesn't look at what is tested: it is made from
-the confidences alone. The walk begins where, if the confidences are right, the first test passes with a chance of
-19 in 20, or at the best there is.
+target's probability gives k or more with a chance within the error allowed. The first threshold that is not rejected
+ends the walk. In such a fixed sequence every test may use the whole error, however many there are, so long as the
+sequence doesn't look at what is tested: it is made from the confidences alone. Three walks with a third of the error
+each begin where, if the confidences are right, the first test passes with a chance of 19 in 20 or more: bad luck at
+one of them then costs little (fixed sequence testing with several starts: Bauer 1991; Angelopoulos et al. 2021,
+arXiv:2110.01052, §3).
 
 The certainty is about rows like the labeled ones: if the unlabeled differ from them, so may their precision.
 """
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 
 _STEP = 1.1  # from a test to the next, so many times the rows
 _POWER = 0.95
+_WALKS = 3
 
 
 @dataclass(frozen=True)
@@ -44,38 +46,44 @@ def lowest_threshold(
     if not len(ends):
         return None
     sums = np.cumsum(right_N)
+    counts = _counts(ends)
+    starts = _starts(counts, confidence_N, target, 1 - certainty)
     found: Threshold | None = None
-    for count in _sequence(ends, confidence_N, target, certainty):
-        right = int(sums[count - 1])
-        if upper_tail(right, count, target) > 1 - certainty:
-            break
-        found = Threshold(float(confidence_N[count - 1]), int(count), right)
+    for start in starts:
+        for count in counts[start:]:
+            right = int(sums[count - 1])
+            if upper_tail(right, count, target) > (1 - certainty) / len(starts):
+                break
+            if found is None or count > found.rows:
+                found = Threshold(float(confidence_N[count - 1]), count, right)
     return found
 
 
-def _sequence(ends: NDArray[np.int64], confidence_N: NDArray[np.float64], target: float, certainty: float) -> list[int]:
-    """The numbers of rows to test at, in order; of the right labels nothing is known here."""
+def _counts(ends: NDArray[np.int64]) -> list[int]:
+    """The numbers of rows to test at, ascending."""
     chosen = [int(ends[0])]
     for end in ends[1:]:
         if end >= chosen[-1] * _STEP or end == ends[-1]:
             chosen.append(int(end))
+    return chosen
+
+
+def _starts(counts: list[int], confidence_N: NDArray[np.float64], target: float, error: float) -> list[int]:
+    """Where walks begin, as places in `counts`; of the right labels nothing is known here."""
     hopes = np.cumsum(confidence_N)
-    best, start = -1.0, 0
-    for place, count in enumerate(chosen):
-        power = _power(count, float(hopes[count - 1]) / count, target, certainty)
-        if power > best:
-            best, start = power, place
-        if power >= _POWER:
-            break
-    return chosen[start:]
+    powers = [_power(count, float(hopes[count - 1]) / count, target, error / _WALKS) for count in counts]
+    good = [place for place, power in enumerate(powers) if power >= _POWER]
+    if len(good) < _WALKS:
+        return [int(np.argmax(powers))]
+    return [good[number * (len(good) - 1) // (_WALKS - 1)] for number in range(_WALKS)]
 
 
-def _power(rows: int, precision: float, target: float, certainty: float) -> float:
-    """The chance that the test of `rows` rows passes if so large a share of such labels is right."""
+def _power(rows: int, precision: float, target: float, error: float) -> float:
+    """The chance that the test of `rows` rows passes, at this error, if so large a share of such labels is right."""
     low, high = 0, rows + 1  # the fewest right ones that pass
     while low < high:
         middle = (low + high) // 2
-        if middle <= rows and upper_tail(middle, rows, target) > 1 - certainty:
+        if middle <= rows and upper_tail(middle, rows, target) > error:
             low = middle + 1
         else:
             high = middle

@@ -1,0 +1,350 @@
+"""Selecting: the rules do what they say against numpy, threads change nothing, and what is promised is kept."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from commands import Invoke, Refuse
+from conftest import Cli
+from stores import add_part, known, write_store
+from torch import Tensor
+
+from pseudolabel.calibration.calibrate import calibrate
+from pseudolabel.errors import OutputExists, SelectionError, StoreError, StoreMismatch
+from pseudolabel.labels.store import Store
+from pseudolabel.selection import Selection, open_selection
+from pseudolabel.selection.precision import lowest_threshold, upper_tail
+from pseudolabel.selection.select import SelectResult, repeated, select
+from pseudolabel.settings import CalibrateSettings, SelectSettings
+
+CLASSES = 5
+Row = tuple[str, int]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """Two unlabeled shards, one with a reject's gap, and a validation shard."""
+    made = write_store(tmp_path / "store", {"u-0": (known(300, CLASSES, 0)[0], [None] * 300)})
+    add_part(made, "u-1", known(200, CLASSES, 1)[0], [None] * 200)
+    add_part(made, "val", *known(400, CLASSES, 2))
+    return made
+
+
+def _rows(store: Store, names: tuple[str, ...] = ("u-0", "u-1")) -> dict[Row, dict[str, float]]:
+    return {(name, row["index"]): row for name in names for row in store.read(name).to_pylist()}
+
+
+def _chosen(out: Path, store: Store) -> dict[Row, float]:
+    opened = open_selection(out)
+    tables = {name: opened.read(name, store.info(name).sha256) for name in opened.rows}
+    assert {name: len(table) for name, table in tables.items()} == dict(opened.rows)
+    return {(name, row["index"]): row["weight"] for name, table in tables.items() for row in table.to_pylist()}
+
+
+def _select(store: Store, out: Path, **settings: Any) -> tuple[dict[Row, float], SelectResult]:
+    result = select(store, out, SelectSettings(**settings))
+    return _chosen(out, store), result
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"min_confidence": 0.9},
+        {"min_margin": 0.5, "max_entropy": 0.8},
+        {"max_entropy": 0.3, "min_confidence": 0.5, "min_margin": 0.1},
+    ],
+)
+def test_filters_keep_just_the_rows_they_say(store: Store, tmp_path: Path, settings: Mapping[str, float]) -> None:
+    chosen, result = _select(store, tmp_path / "s", **settings)
+    rows = _rows(store)
+    limits = {"min_confidence": ("confidence", 1), "min_margin": ("margin", 1), "max_entropy": ("entropy", -1)}
+    given = {limits[limit]: value for limit, value in settings.items()}
+
+    def passes(row: dict[str, float]) -> bool:
+        return all(np.float32(sign * row[name]) >= np.float32(sign * value) for (name, sign), value in given.items())
+
+    wanted = {key for key, row in rows.items() if passes(row)}
+    assert chosen.keys() == wanted
+    assert set(chosen.values()) == {1.0}
+    assert (result.rows, result.selected, result.labeled_rows, result.excluded) == (500, len(wanted), 400, 0)
+    assert sum(one.selected for one in result.classes) == len(wanted)
+    assert [one.rows for one in result.classes] == [sum(r["pred"] == c for r in rows.values()) for c in range(CLASSES)]
+
+
+def test_top_per_class_takes_the_most_confident_of_each(store: Store, tmp_path: Path) -> None:
+    chosen, result = _select(store, tmp_path / "s", top_per_class=7)
+    rows = _rows(store)
+    for pred in range(CLASSES):
+        own = sorted((row["confidence"] for row in rows.values() if row["pred"] == pred), reverse=True)[:7]
+        assert sorted((rows[key]["confidence"] for key in chosen if rows[key]["pred"] == pred), reverse=True) == own
+        assert result.classes[pred].threshold == pytest.approx(own[-1])
+
+
+def test_ties_are_broken_by_entropy_then_by_the_stores_order(tmp_path: Path) -> None:
+    """Float32 confidences of a sure teacher are 1.0 by the thousand."""
+    logits = torch.zeros(50, 3)
+    logits[:, 1] = 60.0
+    logits[10:20, 0] = 40.0  # the same confidence in float32, a larger entropy
+    store = write_store(tmp_path / "store", {"b": (logits, [None] * 50), "a": (logits[:5], [None] * 5)})
+    assert len({row["confidence"] for row in _rows(store, ("a", "b")).values()}) == 1
+    chosen, _ = _select(store, tmp_path / "s", top_per_class=8)
+    assert sorted(chosen) == [*(("a", index) for index in range(5)), *(("b", index) for index in range(3))]
+    chosen, _ = _select(store, tmp_path / "t", top_per_class=46)
+    assert not {("b", index) for index in range(11, 20)} & chosen.keys()
+
+
+def test_balance_cuts_large_classes_and_weighs_small_ones(store: Store, tmp_path: Path) -> None:
+    """Each class counts for as much, up to the largest weight; the mean weight of all rows is 1."""
+    chosen, result = _select(store, tmp_path / "s", min_confidence=0.8, balance=50, max_weight=1.1)
+    rows = _rows(store)
+    sizes = [sum(row["pred"] == c and row["confidence"] >= 0.8 for row in rows.values()) for c in range(CLASSES)]
+    assert min(sizes) < 50 < max(sizes)
+    raw = {key: min(50 / min(sizes[rows[key]["pred"]], 50), 1.1) for key in chosen}
+    mean = np.mean(list(raw.values()))
+    assert [one.selected for one in result.classes] == [min(size, 50) for size in sizes]
+    for key, weight in chosen.items():
+        assert weight == pytest.approx(raw[key] / mean, rel=1e-5)
+    assert np.mean(list(chosen.values())) == pytest.approx(1, abs=1e-5)
+    _, mean_result = _select(store, tmp_path / "m", balance="mean")
+    assert max(one.selected for one in mean_result.classes) == 100
+
+
+@pytest.mark.parametrize("how", ["confidence", "entropy"])
+def test_soft_weights_follow_the_row(store: Store, tmp_path: Path, how: str) -> None:
+    chosen, _ = _select(store, tmp_path / "s", weight=how)
+    rows = _rows(store)
+    values = {"confidence": lambda row: row["confidence"], "entropy": lambda row: 1 - row["entropy"] / np.log(CLASSES)}
+    raw = {key: values[how](rows[key]) for key in chosen}
+    mean = np.mean(list(raw.values()))
+    assert len(chosen) == 500
+    for key, weight in chosen.items():
+        assert weight == pytest.approx(raw[key] / mean, rel=1e-4)
+
+
+def test_the_same_bytes_at_every_call_and_from_its_own_json(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pseudolabel.selection import scores
+
+    calibration = calibrate(store, settings=CalibrateSettings(prior="labels")).calibration
+    rules = SelectSettings(target_precision=0.7, balance="mean", weight="entropy", align_prior=True)
+    select(store, tmp_path / "a", rules, calibration=calibration, evidence=["val"])
+    monkeypatch.setattr(scores, "_INSERTED", 50)
+    monkeypatch.setattr(scores, "_AT_ONCE", 33)
+    select(store, tmp_path / "b", **repeated(open_selection(tmp_path / "a").facts))
+    files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*") if path.is_file())
+    assert len(files) == 4
+    for name in files:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+
+
+def test_a_calibration_decides_by_what_it_makes_of_the_logits(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "store", {"u": (known(500, CLASSES, 0, overconfident=3.0)[0], [None] * 500)})
+    add_part(store, "val", *known(2000, CLASSES, 1, overconfident=3.0))
+    calibration = calibrate(store).calibration
+    result = select(store, tmp_path / "s", SelectSettings(min_confidence=0.9), calibration=calibration)
+    logits = torch.from_numpy(np.stack(store.read("u")["logits"].to_numpy(zero_copy_only=False)).astype(np.float32))
+    confident = (logits / calibration.temperature).softmax(-1).amax(-1) >= 0.9
+    assert {index for _, index in _chosen(tmp_path / "s", store)} == set(confident.nonzero().squeeze(-1).tolist())
+    assert result.selected < select(store, tmp_path / "t", SelectSettings(min_confidence=0.9)).selected
+    other = write_store(tmp_path / "other", {"u": known(10, CLASSES, 0)}, teacher="another")
+    with pytest.raises(StoreMismatch, match="calibrate this store"):
+        select(other, tmp_path / "x", calibration=calibration)
+    with pytest.raises(SelectionError, match="needs a calibration with a prior correction"):
+        select(store, tmp_path / "x", SelectSettings(align_prior=True), calibration=calibration)
+
+
+def test_excluded_samples_are_neither_selected_nor_evidence(store: Store, tmp_path: Path) -> None:
+    exclude = {"u-0": [0, 5, 299], "val": list(range(200)), "elsewhere": [1]}
+    result = select(store, tmp_path / "s", SelectSettings(), exclude=exclude)
+    chosen = _chosen(tmp_path / "s", store)
+    assert len(chosen) == 497
+    assert not {("u-0", 0), ("u-0", 5), ("u-0", 299)} & chosen.keys()
+    assert (result.excluded, result.checked) == (203, 200)
+
+
+def test_the_estimate_is_the_share_of_right_labels_among_those_like_the_selected(tmp_path: Path) -> None:
+    """Against the truth of the selected rows, which the estimate doesn't see; without a label it is the confidence."""
+    logits, truth = known(20_000, CLASSES, 3)
+    store = write_store(tmp_path / "store", {"u": (logits, [None] * 20_000)})
+    without = select(store, tmp_path / "w", SelectSettings(min_confidence=0.8))
+    assert (without.estimated_from, without.precision_interval, without.checked) == ("confidence", None, 0)
+    add_part(store, "val", *known(4000, CLASSES, 4))
+    for settings in ({"min_confidence": 0.8}, {"top_per_class": 500}, {"target_precision": 0.9}):
+        result = select(store, tmp_path / "s", SelectSettings(**settings), overwrite=True)
+        chosen = _chosen(tmp_path / "s", store)
+        pred = store.read("u")["pred"].to_numpy()
+        actual = np.mean([pred[index] == truth[index] for _, index in chosen])
+        assert result.estimated_from == "labels"
+        assert result.precision_interval is not None
+        assert result.precision_interval[0] - 0.005 <= actual <= result.precision_interval[1] + 0.005
+    assert without.estimated_precision == pytest.approx(0.93, abs=0.02)
+
+
+# --- the target precision
+
+
+def test_the_binomial_tail_is_exact() -> None:
+    for rows, probability in ((1, 0.5), (20, 0.95), (300, 0.9)):
+        pmf = [_choose(rows, k) * probability**k * (1 - probability) ** (rows - k) for k in range(rows + 1)]
+        for right in (0, 1, rows // 2, rows - 1, rows):
+            assert upper_tail(right, rows, probability) == pytest.approx(sum(pmf[right:]), rel=1e-9)
+
+
+def _choose(n: int, k: int) -> float:
+    import math
+
+    return float(math.comb(n, k))
+
+
+@pytest.mark.parametrize("overconfident", [0.7, 1.0, 1.6])
+def test_the_target_is_reached_as_often_as_is_said(overconfident: float) -> None:
+    """200 draws of 400 labeled rows from a population whose true precision above every confidence is known. A
+    certainty of 90 % may fail in 20 of them on average; 35 has a chance of 1 in 2,000.
+    """
+    rng = np.random.default_rng(0)
+    confidence = rng.beta(8, 1, 100_000)
+    chance = confidence**overconfident
+    order = np.argsort(-confidence)
+    precision = np.cumsum(chance[order]) / np.arange(1, len(order) + 1)
+    falls_short = found = 0
+    for _ in range(200):
+        rows = rng.integers(0, len(confidence), 400)
+        threshold = lowest_threshold(confidence[rows], rng.random(400) < chance[rows], 0.9, 0.9)
+        if threshold is not None:
+            above = np.searchsorted(-confidence[order], -threshold.confidence, side="right")
+            found += 1
+            falls_short += precision[above - 1] < 0.9
+    assert falls_short < 35
+    assert found > 100
+
+
+def test_more_labels_bring_the_threshold_down_to_where_it_belongs() -> None:
+    """With few rows none passes; with many it comes near the lowest that reaches the target."""
+    rng = np.random.default_rng(1)
+    confidence = rng.random(40_000)
+    right = rng.random(40_000) < confidence
+    ideal = 0.8  # the mean of uniform confidences above 0.8 is 0.9
+    found = [lowest_threshold(confidence[:n], right[:n], 0.9, 0.95) for n in (20, 6000, 40_000)]
+    assert found[0] is None
+    assert found[1] is not None
+    assert found[2] is not None
+    assert ideal < found[2].confidence < found[1].confidence < 1
+    assert found[2].confidence < ideal + 0.03
+    above = confidence >= found[2].confidence
+    assert (found[2].rows, found[2].right) == (above.sum(), right[above].sum())
+
+
+def test_a_threshold_for_each_class(tmp_path: Path) -> None:
+    """The teacher is worse at class 0, which so needs a higher confidence than one threshold for all gives it."""
+    logits, labels = known(20_000, 4, 5)
+    wrong = torch.rand(20_000, generator=torch.Generator().manual_seed(0)) < 0.3
+    labels = [(1 if w and label == 0 else label) for w, label in zip(wrong.tolist(), labels, strict=True)]
+    parts: dict[str, tuple[Tensor, list[int | None]]] = {
+        "val": (logits[:10_000], list(labels[:10_000])),
+        "u": (logits[10_000:], [None] * 10_000),
+    }
+    store = write_store(tmp_path / "store", parts)
+    _, one = _select(store, tmp_path / "one", target_precision=0.85)
+    chosen, own = _select(store, tmp_path / "own", target_precision=0.85, per_class=True)
+    thresholds = open_selection(tmp_path / "own").facts["thresholds"]
+    pred = store.read("u")["pred"].to_numpy()
+    truth = np.array(labels[10_000:])
+    for name in thresholds:
+        rows = [index for _, index in chosen if pred[index] == int(name)]
+        assert np.mean(truth[rows] == int(name)) > 0.83
+    assert own.classes[0].selected < one.classes[0].selected / 2
+    assert own.classes[1].selected > one.classes[1].selected
+
+
+# --- what is refused
+
+
+def test_selecting_nothing_is_refused_and_leaves_nothing(store: Store, tmp_path: Path) -> None:
+    for settings, said in (
+        (
+            {"min_confidence": 1.0, "max_entropy": 0.0},
+            r"none of 900 rows passes \(confidence >= 1.0 and entropy <= 0.0\)",
+        ),
+        ({"target_precision": 0.9999}, r"no confidence is known to reach a precision of 0.9999 .* of 400 labeled rows"),
+        ({"max_disagreement": 0.1}, "annotate with --keep-members"),
+    ):
+        with pytest.raises(SelectionError, match=said):
+            select(store, tmp_path / "s", SelectSettings(**settings))
+    with pytest.raises(SelectionError, match=r"needs|are excluded"):
+        select(store, tmp_path / "s", exclude={name: range(400) for name in ("u-0", "u-1", "val")})
+    with pytest.raises(StoreError, match="shard 'nowhere', named as evidence"):
+        select(store, tmp_path / "s", evidence=["nowhere"])
+    labeled = write_store(tmp_path / "labeled", {"val": known(60, 3, 0)})
+    with pytest.raises(SelectionError, match=r"all 60 rows carry a label.*--include-labeled"):
+        select(labeled, tmp_path / "s")
+    assert not (tmp_path / "s").exists()
+    assert select(labeled, tmp_path / "s", SelectSettings(include_labeled=True)).selected == 60
+
+
+def test_a_selection_is_not_overwritten_and_another_one_leaves_no_trace(store: Store, tmp_path: Path) -> None:
+    select(store, tmp_path / "s")
+    with pytest.raises(OutputExists, match="--overwrite"):
+        select(store, tmp_path / "s")
+    (tmp_path / "store" / "parts" / "u-1.parquet").unlink()
+    select(store, tmp_path / "s", overwrite=True)
+    assert sorted(path.name for path in (tmp_path / "s" / "parts").iterdir()) == ["u-0.parquet", "val.parquet"]
+
+
+def test_an_edited_or_foreign_selection_is_refused(store: Store, tmp_path: Path) -> None:
+    select(store, tmp_path / "s")
+    select(store, tmp_path / "t", SelectSettings(min_confidence=0.9))
+    opened = open_selection(tmp_path / "s")
+    with pytest.raises(SelectionError, match="was replaced since this was selected"):
+        opened.read("u-0", "0" * 64)
+    shutil.copy(tmp_path / "t" / "parts" / "u-0.parquet", tmp_path / "s" / "parts" / "u-0.parquet")
+    with pytest.raises(SelectionError, match="isn't of this selection"):
+        opened.read("u-0", store.info("u-0").sha256)
+    path = tmp_path / "s" / "selection.json"
+    path.write_text(path.read_text().replace('"selected": 500', '"selected": 501'))
+    with pytest.raises(SelectionError, match="was edited"):
+        open_selection(tmp_path / "s")
+    with pytest.raises(SelectionError, match="no selection here"):
+        open_selection(tmp_path / "nowhere")
+
+
+def test_the_manifest_is_plain_parquet(store: Store, tmp_path: Path) -> None:
+    select(store, tmp_path / "s", SelectSettings(min_confidence=0.9))
+    table = pq.read_table(tmp_path / "s" / "parts" / "u-0.parquet")
+    assert {field.name: str(field.type) for field in table.schema} == {
+        "index": "int32",
+        "view": "int16",
+        "weight": "float",
+    }
+    assert table["index"].to_pylist() == sorted(table["index"].to_pylist())
+    assert isinstance(open_selection(tmp_path / "s"), Selection)
+
+
+def test_the_command(store: Store, tmp_path: Path, cli: Cli, invoke: Invoke, refuse: Refuse) -> None:
+    found, err = cli("select", "store", "--out", "s", "--min-confidence", 0.7, "--top-per-class", 20)
+    assert found["selected"] == sum(one["selected"] for one in found["classes"]) <= 100
+    assert found["estimated_from"] == "labels"
+    for shown in ("class 4", "estimated precision", "from confidence", f"selected             {found['selected']}"):
+        assert shown in err
+    again, _ = cli("select", "store", "--out", "t", "--like", "s")
+    assert again["fingerprint"] == found["fingerprint"]
+    here = tmp_path / "store", "--out", tmp_path / "u"
+    refuse(
+        "select", *here, "--like", tmp_path / "s", "--min-margin", 0.5, kind="SelectionError", said="--like takes all"
+    )
+    refuse("select", *here, "--min-confidence", 1.5, kind="RecipeError", said="min_confidence")
+    refuse("select", *here, "--per-class", kind="RecipeError", said="target_precision, which isn't given")
+    refuse("select", *here, "--balance", "median", kind="RecipeError", said="balance")
+    code, _, err = invoke("select", *here, "--certainty", 0.9, "--json")
+    assert code == 0
+    assert "without --target-precision, --certainty has no effect" in err
+    assert json.loads((tmp_path / "u" / "selection.json").read_text())["selected"] == 500
