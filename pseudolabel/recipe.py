@@ -18,7 +18,14 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from pseudolabel import specs, storage
 from pseudolabel.errors import RecipeError
-from pseudolabel.settings import AnnotateSettings, Fraction, Settings, TrainSettings
+from pseudolabel.settings import (
+    AnnotateSettings,
+    CalibrateSettings,
+    Fraction,
+    SelectSettings,
+    Settings,
+    TrainSettings,
+)
 
 Model = TypeVar("Model", bound=BaseModel)
 Shards = str | tuple[str, ...]
@@ -34,6 +41,10 @@ class DataSettings(Settings):
     val: Shards = Field(description="labeled shards that choose the best checkpoint")
     test: Shards | None = Field(None, description="labeled shards that choose nothing")
     classes: str | None = Field(None, description="a file of class names, one a line")
+    leaks: str | None = Field(
+        None,
+        description="what `leaks` found of val and test among the unlabeled: never trained on; none: not looked for",
+    )
 
 
 class TeacherSettings(Settings):
@@ -65,6 +76,8 @@ class Recipe(Settings):
     data: DataSettings
     teacher: TeacherSettings
     annotate: AnnotateSettings = AnnotateSettings()
+    calibrate: CalibrateSettings | None = Field(None, description="fit the teacher's confidence to validation labels")
+    select: SelectSettings | None = Field(None, description="which soft labels count; all without this table")
     train: TrainSettings
     rounds: RoundSettings = RoundSettings()
 

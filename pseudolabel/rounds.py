@@ -2,7 +2,7 @@
 
     DIR/recipe.toml            resolved
     DIR/teacher/               only if the teacher is trained from the labels
-    DIR/round-1/store/         the teacher's soft labels
+    DIR/round-1/store/         the teacher's soft labels; beside it calibration.json and selection/ if asked for
     DIR/round-1/student/       a run directory; the next round's teacher
     DIR/control/               the same student from the labels alone, for as many steps
     DIR/evaluations/           what each model reached on which shards
@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -42,6 +43,7 @@ from pseudolabel.shards import shard_sha256
 from pseudolabel.storage import Location
 from pseudolabel.teachers import parse_teachers
 from pseudolabel.train import TrainResult, train
+from pseudolabel.trusting import UNCHECKED, Trust, needs_evidence, settle_trust
 
 
 class Watcher(Protocol):
@@ -128,6 +130,14 @@ class _Pipeline:
         )
         self.test = list_shards(data.test) if data.test is not None else None
         self.classes = read_classes(data.classes) if data.classes is not None else None
+        self.exclude: Mapping[str, Sequence[int]] | None = None
+        if data.leaks is None:
+            watcher.stage(
+                "note: the unlabeled images were not compared with val and test; `pseudolabel leaks` finds those that "
+                "are in both (data.leaks in a recipe)"
+            )
+        elif data.leaks != UNCHECKED:
+            self.exclude = {}
 
     @property
     def fingerprint(self) -> str:
@@ -189,11 +199,10 @@ class _Pipeline:
         """Annotate the unlabeled shards with the teacher, train a student from the soft labels."""
         directory = self.out / f"round-{number}"
         teacher: Teacher = parse_teachers(teacher_uris)
-        self.watcher.stage(
-            f"round {number}: annotating {len(self.unlabeled)} shards with {teacher.uri}", self.unlabeled
-        )
+        shards = [*self.unlabeled, *(self.val if needs_evidence(self.recipe) else ())]
+        self.watcher.stage(f"round {number}: annotating {len(shards)} shards with {teacher.uri}", shards)
         annotated = annotate(
-            self.unlabeled,
+            shards,
             teacher,
             directory / "store",
             engine=self.place.engine,
@@ -201,12 +210,20 @@ class _Pipeline:
             max_reject_fraction=self.recipe.rounds.max_reject_fraction,
             on_progress=self.watcher.annotating,
         )
+        trust = settle_trust(
+            self.recipe,
+            open_store(directory / "store"),
+            directory,
+            [shard.name for shard in self.val],
+            self.exclude,
+            lambda text: self.watcher.stage(f"round {number}: {text}"),
+        )
+        count = annotated.samples - annotated.rejects if trust.selection is None else trust.selection.facts["selected"]
         self.watcher.stage(
-            f"round {number}: training {self.recipe.train.student} on "
-            f"{annotated.samples - annotated.rejects} soft labels{_done(directory / 'student')}"
+            f"round {number}: training {self.recipe.train.student} on {count} soft labels{_done(directory / 'student')}"
         )
         settings = self.recipe.train.model_copy(update={"seed": self.recipe.train.seed + number - 1})
-        result = self._train(settings, directory / "student")
+        result = self._train(settings, directory / "student", trust=trust)
         return self._row(number, " + ".join(teacher_uris), settings.student, directory / "student", result), result
 
     def control(self, steps: int) -> Round:
@@ -216,7 +233,9 @@ class _Pipeline:
         result = self._train(settings, self.out / "control", control=True)
         return self._row(0, "none", settings.student, self.out / "control", result)
 
-    def _train(self, settings: TrainSettings, directory: Location, *, control: bool = False) -> TrainResult:
+    def _train(
+        self, settings: TrainSettings, directory: Location, *, control: bool = False, trust: Trust | None = None
+    ) -> TrainResult:
         store = None if control else open_store(directory.parent / "store")
         return train(
             settings,
@@ -225,6 +244,8 @@ class _Pipeline:
             unlabeled=() if control else self.unlabeled,
             store=store,
             val=self.val,
+            selection=trust.selection if trust is not None else None,
+            calibration=trust.calibration if trust is not None else None,
             classes=self.classes,
             device=self.place.device,
             workers=self.place.workers,

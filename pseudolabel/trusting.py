@@ -1,0 +1,83 @@
+"""Between annotating and training of a round: calibrate, then select, as far as a recipe asks for it.
+
+    DIR/round-1/calibration.json     the teacher's confidence against the validation labels
+    DIR/round-1/selection/           which soft labels count
+
+Both are pure functions of the store, so they are made again in seconds when a run goes on, unless the student is
+trained already. Validation shards, which the teacher wasn't trained on, are the evidence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from pseudolabel.calibration import Calibration, read_calibration
+from pseudolabel.calibration.calibrate import calibrate
+from pseudolabel.labels.store import Store
+from pseudolabel.recipe import Recipe
+from pseudolabel.selection import Selection, open_selection
+from pseudolabel.selection.select import select
+from pseudolabel.settings import SelectSettings
+from pseudolabel.storage import Location
+
+UNCHECKED = "none"
+"""As `data.leaks` of a recipe: the images are knowingly not compared."""
+
+
+@dataclass(frozen=True)
+class Trust:
+    """How a round's soft labels are read, and which of them."""
+
+    calibration: Calibration | None = None
+    selection: Selection | None = None
+
+
+def needs_evidence(recipe: Recipe) -> bool:
+    """Whether the validation shards must be annotated, too."""
+    return recipe.calibrate is not None or recipe.select is not None
+
+
+def settle_trust(
+    recipe: Recipe,
+    store: Store,
+    directory: Location,
+    evidence: Sequence[str],
+    exclude: Mapping[str, Sequence[int]] | None,
+    say: Callable[[str], None],
+) -> Trust:
+    """Calibrate and select in a round's directory; what is there is taken if the round's student is done.
+
+    Raises:
+        CalibrationError, SelectionError.
+    """
+    done = (directory / "student" / "run.json").exists()
+    calibration, selection = None, None
+    path, place = directory / "calibration.json", directory / "selection"
+    if recipe.calibrate is not None:
+        if done and path.exists():
+            calibration = read_calibration(path)
+        else:
+            found = calibrate(store, path, recipe.calibrate, evidence=evidence, overwrite=True)
+            calibration = found.calibration
+            say(
+                f"calibrated on {found.rows} validation rows: ECE {found.before['ece']:.4f} before, "
+                f"{found.after['ece']:.4f} after (cross-fitted)"
+            )
+    if recipe.select is not None or exclude is not None:
+        if not (done and (place / "selection.json").exists()):
+            chosen = select(
+                store,
+                place,
+                recipe.select or SelectSettings(),
+                calibration=calibration,
+                evidence=evidence if recipe.select is not None else None,
+                exclude=exclude,
+                overwrite=True,
+            )
+            say(
+                f"selected {chosen.selected} of {chosen.rows} soft labels, {chosen.excluded} excluded; estimated "
+                f"precision {chosen.estimated_precision:.4f} (from {chosen.estimated_from})"
+            )
+        selection = open_selection(place)
+    return Trust(calibration, selection)
