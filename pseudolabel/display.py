@@ -79,7 +79,7 @@ class Display:
         total = sum(self._spent.values())
         if total:
             rate += "".join(f", {stage} {spent / total:.0%}" for stage, spent in self._spent.items())
-        if progress.finished is not None or progress.damage is not None:
+        if progress.finished is not None or progress.failure is not None:
             self._shards += 1
             self._advance(1, rate)
         else:

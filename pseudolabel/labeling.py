@@ -25,8 +25,8 @@ from typing import Any
 import torch
 
 from pseudolabel.decode_processes import decode_in_processes, decoding_processes
-from pseudolabel.decoding import DecodedBatch, Decoding, Prepare, ShardEnd, ahead, decode_shard, decode_shards
-from pseudolabel.errors import DamagedShard, SpecError
+from pseudolabel.decoding import DecodedBatch, Decoding, Prepare, ShardEnd, Unread, ahead, decode_shard, decode_shards
+from pseudolabel.errors import DamagedShard, SpecError, StorageError
 from pseudolabel.forward import Forward, UnderWay, member_fields
 from pseudolabel.interfaces import LoadedTeacher, Teacher
 from pseudolabel.labels import store
@@ -44,17 +44,17 @@ from pseudolabel.views.image import PrepareFor
 from pseudolabel.views.photometric import parse_policy
 
 _CPU_PIXELS = 32 * 224 * 224  # of a batch: more is slower (caches), fewer than 256 small images cost bookkeeping
-Entry = DecodedBatch | ShardEnd | DamagedShard
+Entry = DecodedBatch | ShardEnd | Unread
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What a worker tells: a batch was labeled, a shard is finished or damaged. `ends` is the shard, if it is."""
+    """What a worker tells: a batch was labeled, a shard is finished or can't be read. `ends` is the shard, if it is."""
 
     shard: str
     samples: int = 0
     finished: dict[str, Any] | None = None
-    damage: DamagedShard | None = None
+    failure: Unread | None = None
     ends: Shard | None = None
 
 
@@ -193,8 +193,8 @@ class _Line:
             return _Step(shard, entry, self._builder, _started(self.forward, entry) if entry.inputs else None)
 
     def _settle(self, step: _Step, writer: ThreadPoolExecutor) -> Iterator[Progress]:
-        if isinstance(step.entry, DamagedShard):
-            yield Progress(step.shard.name, damage=step.entry, ends=step.shard)
+        if isinstance(step.entry, (DamagedShard, StorageError)):
+            yield Progress(step.shard.name, failure=step.entry, ends=step.shard)
             return
         assert step.builder is not None
         if isinstance(step.entry, ShardEnd):
