@@ -17,7 +17,7 @@ from pathlib import Path
 
 from pseudolabel import storage
 from pseudolabel.errors import ShardListError
-from pseudolabel.storage import shown
+from pseudolabel.storage import shown, spool
 
 _MAX_SHARDS = 1 << 22
 _MAX_NESTING = 8
@@ -50,6 +50,7 @@ def list_shards(spec: str | os.PathLike[str] | Iterable[str | os.PathLike[str]])
 
     Raises:
         ShardListError: nothing is there, or two shards share a name.
+        StorageError: they are at URLs, and there is no place to fetch them to.
     """
     specs = [spec] if isinstance(spec, (str, os.PathLike)) else list(spec)
     paths = {path: size for one in specs for path, size in _expand(os.fspath(one))}
@@ -70,6 +71,8 @@ def list_shards(spec: str | os.PathLike[str] | Iterable[str | os.PathLike[str]])
                 f"two shards are named {name!r}: {shown(other)} and {shown(path)}\na shard's file name is its "
                 "identity in a store: rename one of them"
             )
+    if any(storage.is_remote(path) for path in paths):
+        spool.check()
     return [Shard(name, by_name[name], paths[by_name[name]]) for name in sorted(by_name)]
 
 

@@ -120,6 +120,17 @@ def held(directory: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def named_directory() -> Path | None:
+    """The directory that PSEUDOLABEL_SPOOL names for copies of what lies at URLs. Raises `StorageError` for a URL."""
+    named = os.environ.get("PSEUDOLABEL_SPOOL")
+    if named and "://" in named:
+        raise StorageError(
+            f"PSEUDOLABEL_SPOOL={named.partition('://')[0]}://…: the spool must be on this machine; name a "
+            "directory on a quick disk"
+        )
+    return Path(named) if named else None
+
+
 def is_temporary(name: str) -> bool:
     """Whether a file of this name is what a writer, living or killed, has not finished: no reader looks at it."""
     return name.startswith(".") and _TEMPORARY in name

@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from pseudolabel.storage.local import explain_os_errors
+from pseudolabel.storage.local import explain_os_errors, named_directory
 from pseudolabel.storage.remote import RemotePath
 
 _PREFIX = "pseudolabel-run-"
@@ -81,7 +81,7 @@ def mirrored(place: Path | RemotePath) -> Iterator[Mirror]:
     if not isinstance(place, RemotePath):
         yield Mirror(place)
         return
-    above = Path(os.environ.get("PSEUDOLABEL_SPOOL") or tempfile.gettempdir())
+    above = named_directory() or Path(tempfile.gettempdir())
     with explain_os_errors(above, "making a directory in"):
         above.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(above)

@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pseudolabel.errors import StorageError
-from pseudolabel.storage.local import explain_os_errors
+from pseudolabel.storage.local import explain_os_errors, named_directory
 from pseudolabel.storage.remote import Entry, RemotePath
 
 _PIECE = 8 << 20
@@ -218,11 +218,17 @@ def _remove(path: Path) -> None:
     _beside(path).unlink(missing_ok=True)
 
 
+def check() -> None:
+    """Raise `StorageError` if the spool can't be one: said once, before anything is fetched or loaded."""
+    directory = _directory()
+    with explain_os_errors(directory, "writing to the spool"), tempfile.TemporaryFile(dir=directory):
+        _limit(directory, 0)
+
+
 def _directory() -> Path:
     """The spool's directory, made if it isn't there, and nobody else's."""
-    named = os.environ.get("PSEUDOLABEL_SPOOL")
-    path = Path(named) if named else Path(tempfile.gettempdir()) / f"pseudolabel-spool-{os.getuid()}"
-    with explain_os_errors(path, "making"):
+    path = named_directory() or Path(tempfile.gettempdir()) / f"pseudolabel-spool-{os.getuid()}"
+    with explain_os_errors(path, "making the spool"):
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         if path.stat().st_uid != os.getuid():
             raise StorageError(f"{path}: belongs to another user; set PSEUDOLABEL_SPOOL to a directory of your own")
