@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from object_stores import web_server
 from pseudolabel import storage
 from pseudolabel.errors import StorageError
 from pseudolabel.shards import write_shard
-from pseudolabel.storage import asking
+from pseudolabel.storage import asking, spool
 
 
 @pytest.fixture
@@ -57,3 +59,42 @@ def test_a_run_at_a_url_is_not_copied_to_one(monkeypatch: pytest.MonkeyPatch) ->
         storage.mirrored(storage.RemotePath("s3://bucket/run")),
     ):
         pass
+
+
+@pytest.mark.parametrize("times", [1, 3, 4])
+def test_a_spool_that_is_deleted_meanwhile_is_made_again(
+    times: int, served: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be deleted at any time; only one that never lasts as long as a fetch is an error."""
+    real, deleted = spool._copy, []
+
+    def copy(source: storage.RemotePath, size: int, target: Path) -> str:
+        digest = real(source, size, target)
+        if len(deleted) < times:
+            deleted.append(target)
+            shutil.rmtree(tmp_path / "spool")
+        return digest
+
+    monkeypatch.setattr(spool, "_copy", copy)
+    source = storage.RemotePath(f"{served}/s-0.tar")
+    if times == spool._TRIES:
+        with pytest.raises(StorageError, match="is gone as soon as it is fetched"):
+            spool.fetch(source)
+        return
+    found = spool.fetch(source)
+    assert os.pread(found.descriptor, found.size, 0) == (tmp_path / "served" / "s-0.tar").read_bytes()
+    os.close(found.descriptor)
+    assert len(deleted) == times
+
+
+@pytest.mark.parametrize("suffix", ["", ".part", ".sha256"])
+def test_a_directory_in_the_place_of_a_file_is_named(suffix: str, served: str, tmp_path: Path) -> None:
+    source = storage.RemotePath(f"{served}/s-0.tar")
+    found = spool.fetch(source)
+    os.close(found.descriptor)
+    for path in (tmp_path / "spool").iterdir():
+        path.unlink()
+    found.path.with_suffix(suffix).mkdir()
+    with pytest.raises(StorageError, match=f"{found.path.name}{suffix}: is a directory where the spool keeps a file"):
+        spool.fetch(source)
+    os.close(spool.fetch(storage.RemotePath(f"{served}/s-1.tar")).descriptor)  # it is in nobody else's way
