@@ -78,7 +78,8 @@ def annotate(
     Raises:
         StoreMismatch: the store is of another teacher or settings, or a shard was edited since it was annotated.
         DamagedShard: some shards are damaged; all others are done by then.
-        StorageError: some shards are gone or can't be read; all others are done by then.
+        StorageError: some shards are gone or can't be read, and all others are done by then; or one after the other
+            can't be read.
         TooManyRejects: more than `max_reject_fraction` of the samples were rejected.
     """
     if not 0 <= max_reject_fraction <= 1:
@@ -121,11 +122,13 @@ def annotate(
     try:
         with closing(engine.map(work, list(todo.values()))) as events:
             for event in events:
+                spent = {stage: spent[stage] + event.seconds.get(stage, 0.0) for stage in STAGES}
                 if event.failure is not None:
                     failures.add(todo[event.shard], event.failure)
+                else:
+                    failures.reset()
                 if event.finished is not None:
                     log.append({"shard": event.shard, **event.finished})
-                    spent = {stage: spent[stage] + event.finished["seconds"][stage] for stage in STAGES}
                     tally.add(todo[event.shard], event.finished["samples"], event.finished["rejects"])
                     tally.check(at_least=_EARLY_STOP_SAMPLES)
                     fresh += 1

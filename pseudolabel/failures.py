@@ -2,16 +2,22 @@
 
 A damaged shard is mended or packed again; one that the storage doesn't give is there another time. So they are told
 apart, each kind with its first case, the names of some more, and its remedy once.
+
+Where a storage fails for good, the others can't go on either: after some shards in a row, over some time, it is the
+end. A shard that is missing says nothing of the storage, which has answered.
 """
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 
-from pseudolabel.errors import DamagedShard, StorageError
+from pseudolabel.errors import DamagedShard, MissingFile, StorageError
 from pseudolabel.shard_lists import Shard
 
 _NAMED = 5  # more shards of a kind than the first
+_IN_A_ROW = 8  # shards that the storage doesn't give
+_FOR_SECONDS = 30.0  # and for so long: an outage of a moment hits all workers at once
 
 
 @dataclass
@@ -21,10 +27,25 @@ class Failures:
     shards: int
     _damaged: dict[str, str] = field(default_factory=dict)  # message by where the shard is
     _unread: dict[str, str] = field(default_factory=dict)
+    _row: list[float] = field(default_factory=list)  # when each of the last shards wasn't given
 
     def add(self, shard: Shard, error: DamagedShard | StorageError) -> None:
-        """Note why `shard` has no part."""
+        """Note why `shard` has no part. Raises `StorageError` when the storage fails for good."""
         (self._unread if isinstance(error, StorageError) else self._damaged)[shard.where] = str(error)
+        if not isinstance(error, StorageError) or isinstance(error, MissingFile):
+            self.reset()
+            return
+        self._row.append(time.monotonic())
+        if len(self._row) >= _IN_A_ROW and self._row[-1] - self._row[0] >= _FOR_SECONDS:
+            first, remedy = _parts(str(error))
+            raise StorageError(
+                f"{len(self._row)} shards one after the other could not be read; the last: {first}\n"
+                f"{remedy}\nfinished shards are kept: the same command goes on"
+            )
+
+    def reset(self) -> None:
+        """The storage has given a shard."""
+        self._row.clear()
 
     def check(self) -> None:
         """Raise `DamagedShard` if shards are damaged, or else `StorageError` if some could not be read."""

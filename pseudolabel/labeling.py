@@ -49,12 +49,15 @@ Entry = DecodedBatch | ShardEnd | Unread
 
 @dataclass(frozen=True)
 class Progress:
-    """What a worker tells: a batch was labeled, a shard is finished or can't be read. `ends` is the shard, if it is."""
+    """What a worker tells: a batch was labeled, a shard is finished or can't be read. `ends` is the shard, if it is;
+    `seconds` are then those of each stage since the shard before it.
+    """
 
     shard: str
     samples: int = 0
     finished: dict[str, Any] | None = None
     failure: Unread | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
     ends: Shard | None = None
 
 
@@ -194,7 +197,11 @@ class _Line:
 
     def _settle(self, step: _Step, writer: ThreadPoolExecutor) -> Iterator[Progress]:
         if isinstance(step.entry, (DamagedShard, StorageError)):
-            yield Progress(step.shard.name, failure=step.entry, ends=step.shard)
+            yield from self._written()
+            seconds = self.stages.take()
+            if isinstance(step.entry, StorageError):  # whoever opened it has only waited for it
+                seconds |= {"fetch": seconds["fetch"] + seconds["decode"], "decode": 0.0}
+            yield Progress(step.shard.name, failure=step.entry, ends=step.shard, seconds=seconds)
             return
         assert step.builder is not None
         if isinstance(step.entry, ShardEnd):
@@ -213,7 +220,7 @@ class _Line:
         counts = {"samples": annotated.info.samples, "rejects": annotated.info.rejects, "bytes": annotated.info.size}
         place = {"device": self.device, "pid": os.getpid()}
         finished = {**counts, "seconds": seconds, **place}
-        return Progress(step.shard.name, finished=finished, ends=step.shard)
+        return Progress(step.shard.name, finished=finished, ends=step.shard, seconds=seconds)
 
     def _written(self) -> Iterator[Progress]:
         """Wait for the part that is being written, if one is."""

@@ -10,6 +10,11 @@ from commands import Refuse
 from conftest import image_bytes
 from object_stores import web_server
 
+from pseudolabel import annotate, failures
+from pseudolabel.display import Display
+from pseudolabel.engines.local import LocalEngine
+from pseudolabel.errors import StorageError
+from pseudolabel.labeling import Progress
 from pseudolabel.labels.store import open_store
 from pseudolabel.shards import write_shard
 from pseudolabel.storage import asking
@@ -96,3 +101,77 @@ def test_one_good_shard_is_told_in_the_singular(
 ) -> None:
     spoil(served, *range(1, 12))
     refuse(*annotating, kind="DamagedShard", said="(?m)^the other shard is annotated$")
+
+
+def test_a_storage_that_fails_for_good_ends_it(
+    served: Storage, annotating: tuple[object, ...], refuse: Refuse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of the shards was tried, however many there are; the finished ones are kept."""
+    monkeypatch.setattr(failures, "_FOR_SECONDS", 0.0)
+    served.refused = {f"s-{number:02d}": 403 for number in range(2, 12)}
+    said = refuse(*annotating, kind="StorageError", said="finished shards are kept: the same command goes on$")
+    first, remedy, _ = said.splitlines()
+    last = f"8 shards one after the other could not be read; the last: reading {served.url}/s-09.tar failed: 403"
+    assert first.startswith(last)
+    assert remedy.startswith("check the credentials in your environment")
+    assert open_store(str(annotating[3])).part_names() == ["s-00", "s-01"]
+
+
+def test_it_ends_all_workers(
+    served: Storage, teacher_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(failures, "_FOR_SECONDS", 0.0)
+    served.refused = {f"s-{number:02d}": 403 for number in range(12)}
+    with pytest.raises(StorageError, match="8 shards one after the other could not be read"):
+        annotate(served.shards, f"checkpoint:{teacher_dir}", tmp_path / "out", engine=LocalEngine("cpu", 2))
+
+
+def test_shards_that_are_missing_or_fail_now_and_then_end_nothing(
+    served: Storage, annotating: tuple[object, ...], refuse: Refuse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or else the same command could never get beyond them."""
+    monkeypatch.setattr(failures, "_FOR_SECONDS", 0.0)
+    served.refused = {f"s-{number:02d}": 403 if number == 5 else 404 for number in range(1, 11)}
+    refuse(*annotating, kind="StorageError", said=r"(?m)^9 more could not be read")
+    assert open_store(str(annotating[3])).part_names() == ["s-00", "s-11"]
+    served.refused = {f"s-{number:02d}": 403 for number in range(1, 11) if number != 6}
+    spoil(served, 6)
+    refuse(*annotating, kind="DamagedShard", said="; 8 more not read: ")
+
+
+def test_a_moments_outage_that_hits_all_workers_at_once_ends_nothing(
+    served: Storage, annotating: tuple[object, ...], refuse: Refuse
+) -> None:
+    served.refused = {f"s-{number:02d}": 403 for number in range(1, 11)}
+    refuse(*annotating, kind="StorageError", said=r"(?m)^the other 2 shards are annotated$")
+
+
+def test_failed_shards_are_counted_apart_and_their_time_is_of_fetching(
+    served: Storage,
+    teacher_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("pseudolabel.display._QUIET_SECONDS", 0.0)
+    served.refused = {"s-10": 503, "s-11": 503}
+    seen: list[Progress] = []
+    with Display() as display:
+        display.begin_annotating([])
+
+        def told(progress: Progress) -> None:
+            seen.append(progress)
+            display.annotating(progress)
+
+        with pytest.raises(StorageError, match="1 more could not be read"):
+            annotate(
+                served.shards,
+                f"checkpoint:{teacher_dir}",
+                tmp_path / "out",
+                engine=LocalEngine("cpu", 1),
+                on_progress=told,
+            )
+    failed = [one for one in seen if one.failure is not None]
+    assert [one.shard for one in failed] == ["s-10", "s-11"]
+    assert all(one.seconds["fetch"] > 0.0 == one.seconds["decode"] for one in failed)
+    assert "  10 shards done, 2 failed: " in capsys.readouterr().err

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pseudolabel.errors import OutputExists, StorageError
+from pseudolabel.errors import MissingFile, OutputExists, StorageError
 from pseudolabel.storage.remote import Entry
 
 _TEMPORARY = ".tmp-"
@@ -31,7 +31,8 @@ def explain_os_errors(path: os.PathLike[str], doing: str) -> Iterator[None]:
 
 def explained(error: OSError, path: os.PathLike[str], doing: str) -> StorageError:
     """`error` as a `StorageError` that names the place, the cause and the remedy."""
-    return StorageError(f"{doing} {path} failed: {error.strerror or error}\n{_remedy(error)}")
+    kind = MissingFile if isinstance(error, FileNotFoundError) and doing == "reading" else StorageError
+    return kind(f"{doing} {path} failed: {error.strerror or error}\n{_remedy(error)}")
 
 
 def _remedy(error: OSError) -> str:

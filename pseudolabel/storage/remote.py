@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from pseudolabel.errors import StorageError
+from pseudolabel.errors import MissingFile, StorageError
 from pseudolabel.storage.asking import CHECK_PLACE, EXTRAS, WEB, Unfit, ask, is_missing_bucket, one_line, shown
 
 _AT_ONCE = 16  # requests under way, of many small ones
@@ -268,7 +268,7 @@ class RemotePath(os.PathLike[str]):
         return StorageError(f"{doing} {self} failed: {one_line(error)}\n{CHECK_PLACE}")
 
     def _absent(self) -> StorageError:
-        return StorageError(f"reading {self} failed: there is no such file\n{CHECK_PLACE}")
+        return MissingFile(f"reading {self} failed: there is no such file\n{CHECK_PLACE}")
 
 
 def entries_of(paths: Iterable[RemotePath]) -> list[Entry | None]:
