@@ -9,7 +9,6 @@ shard, is fetched into a spool (spool.py).
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +21,7 @@ from pseudolabel.storage.local import explain_os_errors, explained, is_temporary
 from pseudolabel.storage.mirror import Mirror, mirrored
 from pseudolabel.storage.ranged import RangedFile
 from pseudolabel.storage.remote import Entry, RemotePath, entries_of
+from pseudolabel.storage.scratch import scratch_directory
 
 __all__ = [
     "Entry",
@@ -47,6 +47,7 @@ __all__ = [
     "location",
     "mirrored",
     "remove_stale",
+    "scratch_directory",
     "shown",
     "sync_directory",
     "write_atomic",
@@ -104,9 +105,9 @@ def atomic_file(target: Location) -> Iterator[Path]:
         with local.atomic_file(target) as temporary:
             yield temporary
         return
-    with _scratch(target.name) as temporary:
-        yield temporary
-        target.put(temporary)
+    with scratch_directory("write") as scratch:
+        yield scratch / target.name
+        target.put(scratch / target.name)
 
 
 @contextmanager
@@ -116,18 +117,11 @@ def local_copy(path: Location) -> Iterator[Path]:
         yield path
         return
     content = path.read_bytes()
-    with _scratch(path.name) as temporary:
+    with scratch_directory("read") as scratch:
+        temporary = scratch / path.name
         with explain_os_errors(temporary, "writing"):
             temporary.write_bytes(content)
         yield temporary
-
-
-@contextmanager
-def _scratch(name: str) -> Iterator[Path]:
-    with explain_os_errors(Path(tempfile.gettempdir()), "making a temporary file in"):
-        directory = tempfile.TemporaryDirectory(prefix="pseudolabel-")
-    with directory:
-        yield Path(directory.name) / name
 
 
 def write_atomic(target: Location, data: bytes | str) -> None:
