@@ -90,6 +90,7 @@ def annotate(
     teacher = parse_teacher(teacher) if isinstance(teacher, str) else teacher
     if not hasattr(teacher, "load"):
         raise SpecError(f"a teacher is wanted, a spec or what parse_teachers gives, not {type(teacher).__name__}")
+    storage.check_writable(storage.location(out))
     engine, settings = engine or default_engine(), settings or AnnotateSettings()
     started = time.monotonic()
     devices = engine.devices()

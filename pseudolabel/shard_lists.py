@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pseudolabel import storage
-from pseudolabel.errors import ShardListError
+from pseudolabel.errors import MissingFile, ShardListError, StorageError
 from pseudolabel.storage import shown, spool
 
 _MAX_SHARDS = 1 << 22
@@ -138,6 +138,10 @@ def _local(path: str) -> list[str]:
 
 
 def _remote(place: storage.RemotePath) -> list[tuple[str, int | None]]:
+    if any(sign in place.url.split("/")[2] for sign in "*?") and not place.is_web:
+        raise ShardListError(f"{place}: a bucket can't be a pattern; name it, and write wildcards behind it")
+    if place.suffix == ".tar" and _is_pattern(place.url) and (size := _size_of_name(place)) is not None:
+        return [(place.url, size)]
     if "{" in place.url:
         named = [storage.RemotePath(url) for url in _braces(place.url)]
         patterns = [one for one in named if _is_pattern(one.url)]
@@ -156,6 +160,18 @@ def _remote(place: storage.RemotePath) -> list[tuple[str, int | None]]:
     if not tars:
         raise ShardListError(f"{place}: no *.tar right below; check the path, or put shards there")
     return tars
+
+
+def _size_of_name(place: storage.RemotePath) -> int | None:
+    """The size of a file that has just this name, as one on a disk may: it is a name first, then a pattern."""
+    try:
+        return place.entry().size
+    except MissingFile:
+        return None
+    except StorageError as error:  # some say so of what isn't there
+        if storage.is_refused(error):
+            return None
+        raise
 
 
 def _sizes(places: Sequence[storage.RemotePath]) -> dict[str, int | None]:

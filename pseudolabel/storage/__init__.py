@@ -31,6 +31,7 @@ __all__ = [
     "RangedFile",
     "RemotePath",
     "atomic_file",
+    "check_writable",
     "discard",
     "entries",
     "entries_of",
@@ -58,7 +59,7 @@ Location = Path | RemotePath
 
 
 def location(place: str | os.PathLike[str]) -> Location:
-    """Where `place` is. Raises `StorageError` for a URL of an unknown kind, or with a password in it."""
+    """Where `place` is. Raises `StorageError` for a URL of an unknown kind, with a password in it, or that can't be."""
     text = os.fspath(place)
     if isinstance(place, (Path, RemotePath)):
         return place
@@ -67,6 +68,8 @@ def location(place: str | os.PathLike[str]) -> Location:
     scheme, separator, rest = text.partition("://")
     if not separator:
         return Path(text)
+    if scheme == "file" and not rest.startswith("/"):
+        raise StorageError(f"{text}: names the machine {rest.partition('/')[0]!r}; of a path, write file:///PATH")
     return Path(rest) if scheme == "file" else RemotePath(f"{scheme.lower()}://{rest}")
 
 
@@ -94,6 +97,12 @@ def entries(directory: Location, near: Sequence[str] = ()) -> list[Entry]:
 def entry(path: Location) -> Entry:
     """Size and version of a file. Raises `StorageError`."""
     return path.entry() if isinstance(path, RemotePath) else local.entry(path)
+
+
+def check_writable(place: Location) -> None:
+    """Raise `StorageError` if nothing can ever be written there: a web server is only read from."""
+    if isinstance(place, RemotePath):
+        place.check_writable()
 
 
 @contextmanager

@@ -78,6 +78,7 @@ def mirrored(place: Path | RemotePath) -> Iterator[Mirror]:
     if not isinstance(place, RemotePath):
         yield Mirror(place)
         return
+    place.check_writable()
     above = named_directory() or Path(tempfile.gettempdir())
     with explain_os_errors(above, "making a directory in"):
         above.mkdir(parents=True, exist_ok=True)
