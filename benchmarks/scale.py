@@ -51,7 +51,7 @@ class Answers:
         spent = {"fetch": 0.0, "decode": 0.0, "forward": 0.0, "write": 0.0, "other": 0.0}
         for item in items:
             facts = {"samples": 4, "rejects": 0, "bytes": 10240, "seconds": spent, "device": "cpu", "pid": 0}
-            yield Progress(item.name, finished=facts, ends=item)
+            yield Progress(item.name, finished=facts, ends=item, seconds=spent)
 
 
 def fill(root: Path, shards: Sequence[Shard], uri: str) -> Iterator[Path]:

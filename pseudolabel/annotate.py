@@ -21,7 +21,8 @@ import torch
 from pseudolabel import storage
 from pseudolabel.batch_size import choose_batch_size
 from pseudolabel.engines import default_engine
-from pseudolabel.errors import DamagedShard, PseudolabelError, ShardListError, SpecError, StoreMismatch, TooManyRejects
+from pseudolabel.errors import PseudolabelError, ShardListError, SpecError, StoreMismatch, TooManyRejects
+from pseudolabel.failures import Failures
 from pseudolabel.inputs import how_classes_differ, named_beside
 from pseudolabel.interfaces import Engine, LoadedTeacher, Teacher
 from pseudolabel.labeling import AnnotateWork, Progress, annotate_shard, identify, settle
@@ -77,6 +78,8 @@ def annotate(
     Raises:
         StoreMismatch: the store is of another teacher or settings, or a shard was edited since it was annotated.
         DamagedShard: some shards are damaged; all others are done by then.
+        StorageError: some shards are gone or can't be read, and all others are done by then; or one after the other
+            can't be read.
         TooManyRejects: more than `max_reject_fraction` of the samples were rejected.
     """
     if not 0 <= max_reject_fraction <= 1:
@@ -87,6 +90,7 @@ def annotate(
     teacher = parse_teacher(teacher) if isinstance(teacher, str) else teacher
     if not hasattr(teacher, "load"):
         raise SpecError(f"a teacher is wanted, a spec or what parse_teachers gives, not {type(teacher).__name__}")
+    storage.check_writable(storage.location(out))
     engine, settings = engine or default_engine(), settings or AnnotateSettings()
     started = time.monotonic()
     devices = engine.devices()
@@ -114,16 +118,18 @@ def annotate(
     log = storage.Journal(
         target.root / "log" / f"annotate-{time.strftime('%Y%m%dT%H%M%S')}-{socket.gethostname()}-{os.getpid()}.jsonl"
     )
-    damage: list[DamagedShard] = []
+    failures = Failures(len(shards))
     spent = dict.fromkeys(STAGES, 0.0)
     try:
         with closing(engine.map(work, list(todo.values()))) as events:
             for event in events:
-                if event.damage is not None:
-                    damage.append(event.damage)
+                spent = {stage: spent[stage] + event.seconds.get(stage, 0.0) for stage in STAGES}
+                if event.failure is not None:
+                    failures.add(todo[event.shard], event.failure)
+                else:
+                    failures.reset()
                 if event.finished is not None:
                     log.append({"shard": event.shard, **event.finished})
-                    spent = {stage: spent[stage] + event.finished["seconds"][stage] for stage in STAGES}
                     tally.add(todo[event.shard], event.finished["samples"], event.finished["rejects"])
                     tally.check(at_least=_EARLY_STOP_SAMPLES)
                     fresh += 1
@@ -136,8 +142,7 @@ def annotate(
         target.tidy()  # the workers are gone; what they had begun to write is stale
         if fresh % _KEEP_EVERY >= WORTH_IT:
             _remember(target)
-    if damage:
-        raise _all_damage(damage, len(shards))
+    failures.check()
     tally.check()
     seconds = round(time.monotonic() - started, 3)
     stages = {stage: round(share, 4) for stage, share in shares(spent).items()}
@@ -207,13 +212,6 @@ def _compare_classes(shards: Sequence[Shard], teacher: LoadedTeacher) -> None:
         "teacher's spec) makes one's classes of the other's, in any order",
         stacklevel=3,
     )
-
-
-def _all_damage(damage: list[DamagedShard], shards: int) -> DamagedShard:
-    damage.sort(key=str)
-    others = ", ".join(str(one).split(": this shard")[0] for one in damage[1:6])
-    more = f"\n{len(damage) - 1} more are damaged: {others}{' …' if len(damage) > 6 else ''}" if others else ""
-    return DamagedShard(f"{damage[0]}{more}\nthe other {shards - len(damage)} shards are annotated")
 
 
 def _check_same_size(shard: Shard, info: PartInfo) -> None:

@@ -7,13 +7,12 @@ share of memory, fetches no extensions, and uses as many threads as this process
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from pseudolabel.errors import QueryError, StorageError
+from pseudolabel.storage import scratch_directory
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -33,14 +32,14 @@ def scratch_database(memory: int = MEMORY) -> Iterator[Connection]:
     """
     import duckdb
 
-    with tempfile.TemporaryDirectory(prefix="pseudolabel-duckdb-") as scratch:
+    with scratch_directory("duckdb") as scratch:
         settings: dict[str, str | bool | int | float | list[str]] = {
             "memory_limit": f"{memory}B",
             "threads": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-            "temp_directory": scratch,
+            "temp_directory": str(scratch),
             "autoinstall_known_extensions": False,
         }
-        connection = duckdb.connect(str(Path(scratch) / "scratch.duckdb"), config=settings)
+        connection = duckdb.connect(str(scratch / "scratch.duckdb"), config=settings)
         try:
             yield connection
         except (duckdb.IOException, duckdb.OutOfMemoryException) as error:

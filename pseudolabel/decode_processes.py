@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch.utils.data import DataLoader, Dataset
 
-from pseudolabel.decoding import DecodedBatch, Decoding, ShardEnd, decode_samples, shard_end
+from pseudolabel.decoding import DecodedBatch, Decoding, ShardEnd, Unread, bare, decode_samples, shard_end
 from pseudolabel.errors import DamagedShard, StorageError, WorkerDied
 from pseudolabel.forkserver import fork_server
 from pseudolabel.processes import helper_start
@@ -21,7 +21,7 @@ from pseudolabel.shard_lists import Shard
 from pseudolabel.shards import ShardFile
 
 _AHEAD = 4  # pieces that each process may have in hand
-Entry = DecodedBatch | ShardEnd | DamagedShard
+Entry = DecodedBatch | ShardEnd | Unread
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class _Piece:
     shard: Shard
     samples: range
     version: tuple[int, ...] = ()
-    damage: DamagedShard | None = None
+    failure: Unread | None = None
 
 
 class _Decoder(Dataset[tuple[Shard, Entry]]):
@@ -42,15 +42,15 @@ class _Decoder(Dataset[tuple[Shard, Entry]]):
         self._opened: ShardFile | None = None
 
     def __getitem__(self, piece: _Piece) -> tuple[Shard, Entry]:
-        if piece.damage is not None:
-            return piece.shard, piece.damage
+        if piece.failure is not None:
+            return piece.shard, piece.failure
         try:
             opened = self._open(piece)
             if not piece.samples:
                 return piece.shard, shard_end(opened, opened.sha256())
             return piece.shard, decode_samples(opened, piece.samples, self._decoding)
         except (DamagedShard, StorageError) as error:
-            return piece.shard, DamagedShard(str(error))
+            return piece.shard, bare(error)
 
     def _open(self, piece: _Piece) -> ShardFile:
         """The piece's shard, in just the version that was cut into pieces. Raises `DamagedShard`."""
@@ -69,7 +69,7 @@ def _pieces(shards: Iterator[Shard], samples: int) -> Iterator[_Piece]:
             with ShardFile(shard) as opened:
                 count, version = len(opened), opened.version
         except (DamagedShard, StorageError) as error:
-            yield _Piece(shard, range(0), damage=DamagedShard(str(error)))
+            yield _Piece(shard, range(0), failure=bare(error))
             continue
         for start in range(0, count, samples):
             yield _Piece(shard, range(start, min(start + samples, count)), version)

@@ -24,6 +24,7 @@ from pseudolabel.views.image import decode, image_field
 
 Entry = TypeVar("Entry")
 Prepare = Callable[[Tensor], tuple[Tensor, ...]]
+Unread = DamagedShard | StorageError  # why a shard gives no more
 Rows = list[tuple[View, tuple[Tensor, ...]]]
 Augment = Callable[[str, Tensor], Rows]  # of a key and a decoded image
 _AHEAD = 3  # batches decoded in advance
@@ -112,16 +113,19 @@ def decode_samples(opened: ShardFile, positions: Sequence[int], decoding: Decodi
 
 def decode_shards(
     shards: Iterator[Shard], decoding: Decoding
-) -> Iterator[tuple[Shard, DecodedBatch | ShardEnd | DamagedShard]]:
-    """One shard after another; a damaged one gives its error in place of a `ShardEnd`."""
+) -> Iterator[tuple[Shard, DecodedBatch | ShardEnd | Unread]]:
+    """One shard after another; one that is damaged, gone or unreadable gives its error in place of a `ShardEnd`."""
     for shard in shards:
         try:
             for batch in decode_shard(shard, decoding):
                 yield shard, batch
-        except DamagedShard as error:
-            yield shard, error
-        except StorageError as error:  # gone or unreadable: the others go on
-            yield shard, DamagedShard(str(error))
+        except (DamagedShard, StorageError) as error:  # the others go on
+            yield shard, bare(error)
+
+
+def bare(error: Unread) -> Unread:
+    """The error without what it was raised from: it is sent between processes, and kept."""
+    return type(error)(str(error))
 
 
 def _decode_one(opened: ShardFile, index: int, decoding: Decoding) -> Reject | tuple[int | None, Rows]:

@@ -39,7 +39,7 @@ class Display:
         self._training = False
         self._task: TaskID | None = None
         self._started = self._said = time.monotonic()
-        self._samples = self._bytes = self._total_bytes = self._shards = 0
+        self._samples = self._bytes = self._total_bytes = self._shards = self._failed = 0
         self._spent: dict[str, float] = {}
 
     def __enter__(self) -> Display:
@@ -63,7 +63,7 @@ class Display:
             print(text, file=sys.stderr, flush=True)
 
     def begin_annotating(self, shards: Sequence[Shard]) -> None:
-        self._samples = self._bytes = self._shards = 0
+        self._samples = self._bytes = self._shards = self._failed = 0
         self._spent = {}
         self._total_bytes = sum(_bytes_of(shard) for shard in shards)
         self._open(len(shards), "shards")
@@ -73,16 +73,15 @@ class Display:
         self._samples += progress.samples
         seconds = max(time.monotonic() - self._started, 1e-9)
         rate = f"{self._samples / seconds:,.0f} samples/s"
-        if progress.finished is not None:
-            self._spent = {stage: self._spent.get(stage, 0.0) + s for stage, s in progress.finished["seconds"].items()}
+        if progress.seconds:
+            self._spent = {stage: self._spent.get(stage, 0.0) + s for stage, s in progress.seconds.items()}
         total = sum(self._spent.values())
         if total:
             rate += "".join(f", {stage} {spent / total:.0%}" for stage, spent in self._spent.items())
-        if progress.finished is not None or progress.damage is not None:
-            self._shards += 1
-            self._advance(1, rate)
-        else:
-            self._advance(0, rate)
+        self._shards += progress.finished is not None
+        self._failed += progress.failure is not None
+        failed = f"{self._failed} failed, " if self._failed and self._live is not None else ""
+        self._advance(int(progress.ends is not None), f"{failed}{rate}")
 
     def training(self, progress: TrainProgress) -> None:
         """Told every few steps."""
@@ -134,6 +133,7 @@ class Display:
         elif time.monotonic() - self._said > _QUIET_SECONDS:
             self._said = time.monotonic()
             where = f"step {amount}/{total}" if absolute else f"{self._shards} shards done"
+            where += f", {self._failed} failed" if self._failed else ""
             print(f"  {where}: {text}", file=sys.stderr, flush=True)
 
     def _close(self) -> None:

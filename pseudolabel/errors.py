@@ -87,6 +87,10 @@ class StorageError(PseudolabelError):
     """Writing or reading failed: full disk, no permission, no such place."""
 
 
+class MissingFile(StorageError):
+    """A file is not there, says a storage that answers."""
+
+
 class WorkerDied(PseudolabelError):
     """A worker process ended without finishing its work."""
 

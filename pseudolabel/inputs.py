@@ -180,7 +180,7 @@ def how_classes_differ(names: Sequence[str], of_teacher: Sequence[str]) -> str:
 def named_beside(labeled: Sequence[Shard]) -> Sequence[str] | None:
     """The class names in `pack`'s classes.txt beside labeled shards, if any. Raises `LabelError` if two differ."""
     found: dict[tuple[str, ...], str] = {}
-    for path in sorted({_beside(shard) for shard in labeled}):
+    for path in sorted({_beside(shard) for shard in labeled}, key=str):  # some may be at URLs
         if _is_there(path):
             try:
                 names = tuple(line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip())

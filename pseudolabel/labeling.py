@@ -30,12 +30,13 @@ from pseudolabel.decoding import (
     Decoding,
     Prepare,
     ShardEnd,
+    Unread,
     ahead,
     decode_samples,
     decode_shard,
     decode_shards,
 )
-from pseudolabel.errors import DamagedShard, SpecError
+from pseudolabel.errors import DamagedShard, SpecError, StorageError
 from pseudolabel.forward import Forward, UnderWay, member_fields
 from pseudolabel.interfaces import LoadedTeacher, Teacher
 from pseudolabel.labels import store
@@ -53,17 +54,20 @@ from pseudolabel.views.image import PrepareFor
 from pseudolabel.views.photometric import parse_policy
 
 _CPU_PIXELS = 32 * 224 * 224  # of a batch: more is slower (caches), fewer than 256 small images cost bookkeeping
-Entry = DecodedBatch | ShardEnd | DamagedShard
+Entry = DecodedBatch | ShardEnd | Unread
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What a worker tells: a batch was labeled, a shard is finished or damaged. `ends` is the shard, if it is."""
+    """What a worker tells: a batch was labeled, a shard is finished or can't be read. `ends` is the shard, if it is;
+    `seconds` are then those of each stage since the shard before it.
+    """
 
     shard: str
     samples: int = 0
     finished: dict[str, Any] | None = None
-    damage: DamagedShard | None = None
+    failure: Unread | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
     ends: Shard | None = None
 
 
@@ -216,8 +220,12 @@ class _Line:
             return _Step(shard, entry, self._builder, _started(self.forward, entry) if entry.inputs else None)
 
     def _settle(self, step: _Step, writer: ThreadPoolExecutor) -> Iterator[Progress]:
-        if isinstance(step.entry, DamagedShard):
-            yield Progress(step.shard.name, damage=step.entry, ends=step.shard)
+        if isinstance(step.entry, (DamagedShard, StorageError)):
+            yield from self._written()
+            seconds = self.stages.take()
+            if isinstance(step.entry, StorageError):  # whoever opened it has only waited for it
+                seconds |= {"fetch": seconds["fetch"] + seconds["decode"], "decode": 0.0}
+            yield Progress(step.shard.name, failure=step.entry, ends=step.shard, seconds=seconds)
             return
         assert step.builder is not None
         if isinstance(step.entry, ShardEnd):
@@ -236,7 +244,7 @@ class _Line:
         counts = {"samples": annotated.info.samples, "rejects": annotated.info.rejects, "bytes": annotated.info.size}
         place = {"device": self.device, "pid": os.getpid()}
         finished = {**counts, "seconds": seconds, **place}
-        return Progress(step.shard.name, finished=finished, ends=step.shard)
+        return Progress(step.shard.name, finished=finished, ends=step.shard, seconds=seconds)
 
     def _written(self) -> Iterator[Progress]:
         """Wait for the part that is being written, if one is."""

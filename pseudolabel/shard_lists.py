@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pseudolabel import storage
-from pseudolabel.errors import ShardListError
-from pseudolabel.storage import shown
+from pseudolabel.errors import MissingFile, ShardListError, StorageError
+from pseudolabel.storage import shown, spool
 
 _MAX_SHARDS = 1 << 22
 _MAX_NESTING = 8
@@ -50,6 +50,7 @@ def list_shards(spec: str | os.PathLike[str] | Iterable[str | os.PathLike[str]])
 
     Raises:
         ShardListError: nothing is there, or two shards share a name.
+        StorageError: they are at URLs, and there is no place to fetch them to.
     """
     specs = [spec] if isinstance(spec, (str, os.PathLike)) else list(spec)
     paths = {path: size for one in specs for path, size in _expand(os.fspath(one))}
@@ -70,6 +71,8 @@ def list_shards(spec: str | os.PathLike[str] | Iterable[str | os.PathLike[str]])
                 f"two shards are named {name!r}: {shown(other)} and {shown(path)}\na shard's file name is its "
                 "identity in a store: rename one of them"
             )
+    if any(storage.is_remote(path) for path in paths):
+        spool.check()
     return [Shard(name, by_name[name], paths[by_name[name]]) for name in sorted(by_name)]
 
 
@@ -135,6 +138,10 @@ def _local(path: str) -> list[str]:
 
 
 def _remote(place: storage.RemotePath) -> list[tuple[str, int | None]]:
+    if any(sign in place.url.split("/")[2] for sign in "*?") and not place.is_web:
+        raise ShardListError(f"{place}: a bucket can't be a pattern; name it, and write wildcards behind it")
+    if place.suffix == ".tar" and _is_pattern(place.url) and (size := _size_of_name(place)) is not None:
+        return [(place.url, size)]
     if "{" in place.url:
         named = [storage.RemotePath(url) for url in _braces(place.url)]
         patterns = [one for one in named if _is_pattern(one.url)]
@@ -153,6 +160,18 @@ def _remote(place: storage.RemotePath) -> list[tuple[str, int | None]]:
     if not tars:
         raise ShardListError(f"{place}: no *.tar right below; check the path, or put shards there")
     return tars
+
+
+def _size_of_name(place: storage.RemotePath) -> int | None:
+    """The size of a file that has just this name, as one on a disk may: it is a name first, then a pattern."""
+    try:
+        return place.entry().size
+    except MissingFile:
+        return None
+    except StorageError as error:  # some say so of what isn't there
+        if storage.is_refused(error):
+            return None
+        raise
 
 
 def _sizes(places: Sequence[storage.RemotePath]) -> dict[str, int | None]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pseudolabel.decoding import Decoding, ShardEnd, ahead, decode_shards
 from pseudolabel.distributed import Team
-from pseudolabel.errors import DamagedShard, LabelError
+from pseudolabel.errors import DamagedShard, LabelError, StorageError
 from pseudolabel.inputs import check_labeled
 from pseudolabel.shard_lists import Shard
 from pseudolabel.views.image import PrepareFor, Preprocessing
@@ -63,10 +63,10 @@ def labeled_batches(
     shards: Sequence[Shard], preprocessing: Preprocessing, batch_size: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """uint8 pixels and labels of a labeled set, in order, decoded ahead in a thread. Raises `DamagedShard`,
-    `LabelError`.
+    `StorageError`, `LabelError`.
     """
     for shard, batch in ahead(decode_shards(iter(shards), Decoding(batch_size, PrepareFor((preprocessing,))))):
-        if isinstance(batch, DamagedShard):
+        if isinstance(batch, (DamagedShard, StorageError)):
             raise batch
         if isinstance(batch, ShardEnd):
             continue

@@ -197,7 +197,7 @@ def test_resume_with_another_teacher_or_an_edited_shard_is_refused(
 def test_a_vanished_shard_is_one_clear_error(corpus: Path, teacher_dir: Path, tmp_path: Path) -> None:
     shards = list_shards(corpus / "unlabeled")
     (corpus / "unlabeled" / "unlabeled-1.tar").unlink()
-    with pytest.raises(DamagedShard, match=r"unlabeled-1\.tar failed: No such file"):
+    with pytest.raises(StorageError, match=r"unlabeled-1\.tar failed: No such file"):
         annotate(shards, parse_teacher(f"checkpoint:{teacher_dir}"), tmp_path / "store", engine=LocalEngine("cpu", 1))
 
 

@@ -19,7 +19,7 @@ from object_stores import ENVIRONMENT, Bucket, Proxy, web_server
 from pseudolabel import annotate, storage, train, verify
 from pseudolabel.annotate import AnnotateResult
 from pseudolabel.engines.local import LocalEngine
-from pseudolabel.errors import DamagedShard, OutputExists, ShardListError, StoreMismatch
+from pseudolabel.errors import DamagedShard, OutputExists, ShardListError, StorageError, StoreMismatch
 from pseudolabel.labels.footers import read_footers
 from pseudolabel.labels.store import Store, open_store
 from pseudolabel.loop import TrainProgress
@@ -246,7 +246,7 @@ def test_what_is_wrong_with_remote_shards_is_said(bucket: Bucket, remote_corpus:
     there = f"{bucket.url}/store"
     whole = first.read_bytes()
     first.unlink()
-    with pytest.raises(DamagedShard, match=r"-0.tar failed: there is no such file\n(.*\n)*.*other 2 shards are"):
+    with pytest.raises(StorageError, match=r"-0.tar failed: there is no such file\n(.*\n)*.*other 2 shards are"):
         annotate_here(shards, teacher_dir, there)
     first.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DamagedShard, match=r"unlabeled-0.tar: this shard is truncated.*\n(.*\n)*.*other 2 shards"):

@@ -199,6 +199,8 @@ def test_no_credentials_at_all_are_one_error(bucket: Bucket, monkeypatch: pytest
         ("https://user:secret@host/x.tar", "a password doesn't belong into a URL"),
         ("ftp://host/x", "no storage of this kind"),
         ("s3:///x", "names no bucket"),
+        ("s3://bucket/a/../x.tar", "'..' leads nowhere"),
+        ("file://tmp/x", "names the machine 'tmp'; of a path, write file:///PATH"),
         ("s3://b[0-9]/x.tar", "is no URL"),
     ],
 )

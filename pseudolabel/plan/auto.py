@@ -14,9 +14,7 @@ from __future__ import annotations
 import json
 import math
 import re
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -128,8 +126,8 @@ def _probe(
     identity = identify(loaded, dense)
     del loaded
     census = take_census(shards, probe_shards=_SHARDS, seed=0)
-    with tempfile.TemporaryDirectory(prefix="pseudolabel-auto-") as directory:
-        probe = Probe(teacher, engine, census.picks, len(shards), Path(directory), seed=0)
+    with storage.scratch_directory("auto") as scratch:
+        probe = Probe(teacher, engine, census.picks, len(shards), scratch, seed=0)
         labels = probe.label(probe.cut(SAMPLES), dense, identity, math.inf)
     name, kl = smallest(labels.labeled, most, census.samples)
     return {"encoding": name, "samples": sum(one.samples for one in labels.labeled), "kl": kl}

@@ -9,7 +9,6 @@ With what is in a store already, it is the bill of what is left.
 from __future__ import annotations
 
 import math
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -146,8 +145,7 @@ def plan(
         )
     say(f"counting the samples of {len(todo)} shards")
     census = take_census(todo, probe_shards=probe_shards, seed=seed, exact=exact)
-    with tempfile.TemporaryDirectory(prefix="pseudolabel-plan-") as directory:
-        scratch = Path(directory)
+    with storage.scratch_directory("plan") as scratch:
         probe = Probe(teacher, engine, census.picks, len(todo), scratch, seed)
         say(f"labeling up to {probe_samples} samples of {len(census.picks)} shards")
         runs, most = probe.cut(probe_samples), probe_seconds if label_seconds is None else label_seconds

@@ -72,13 +72,13 @@ class Stopwatch:
         self._start = self._end = (0.0, 0)  # seconds since the call, samples labeled by then
 
     def __call__(self, report: Report) -> None:
-        """Raises the `DamagedShard` of a shard that has changed since it was counted."""
+        """Raises the error of a shard that has changed or gone since it was counted."""
         now = time.monotonic() - self._called
         if report.progress is None:
             self._device_of[report.worker] = report.device
             return
-        if report.progress.damage is not None:
-            raise report.progress.damage
+        if report.progress.failure is not None:
+            raise report.progress.failure
         if report.progress.samples:
             self._first = now if self._first is None else self._first
             self._samples += report.progress.samples

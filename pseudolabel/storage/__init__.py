@@ -9,7 +9,6 @@ shard, is fetched into a spool (spool.py).
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +21,7 @@ from pseudolabel.storage.local import explain_os_errors, explained, is_temporary
 from pseudolabel.storage.mirror import Mirror, mirrored
 from pseudolabel.storage.ranged import RangedFile
 from pseudolabel.storage.remote import Entry, RemotePath, entries_of
+from pseudolabel.storage.scratch import scratch_directory
 
 __all__ = [
     "Entry",
@@ -31,6 +31,7 @@ __all__ = [
     "RangedFile",
     "RemotePath",
     "atomic_file",
+    "check_writable",
     "discard",
     "entries",
     "entries_of",
@@ -47,6 +48,7 @@ __all__ = [
     "location",
     "mirrored",
     "remove_stale",
+    "scratch_directory",
     "shown",
     "sync_directory",
     "write_atomic",
@@ -57,7 +59,7 @@ Location = Path | RemotePath
 
 
 def location(place: str | os.PathLike[str]) -> Location:
-    """Where `place` is. Raises `StorageError` for a URL of an unknown kind, or with a password in it."""
+    """Where `place` is. Raises `StorageError` for a URL of an unknown kind, with a password in it, or that can't be."""
     text = os.fspath(place)
     if isinstance(place, (Path, RemotePath)):
         return place
@@ -66,6 +68,8 @@ def location(place: str | os.PathLike[str]) -> Location:
     scheme, separator, rest = text.partition("://")
     if not separator:
         return Path(text)
+    if scheme == "file" and not rest.startswith("/"):
+        raise StorageError(f"{text}: names the machine {rest.partition('/')[0]!r}; of a path, write file:///PATH")
     return Path(rest) if scheme == "file" else RemotePath(f"{scheme.lower()}://{rest}")
 
 
@@ -95,6 +99,12 @@ def entry(path: Location) -> Entry:
     return path.entry() if isinstance(path, RemotePath) else local.entry(path)
 
 
+def check_writable(place: Location) -> None:
+    """Raise `StorageError` if nothing can ever be written there: a web server is only read from."""
+    if isinstance(place, RemotePath):
+        place.check_writable()
+
+
 @contextmanager
 def atomic_file(target: Location) -> Iterator[Path]:
     """Yield a temporary path on this machine; on success its content becomes `target`, whole, on an exception nothing
@@ -104,9 +114,9 @@ def atomic_file(target: Location) -> Iterator[Path]:
         with local.atomic_file(target) as temporary:
             yield temporary
         return
-    with _scratch(target.name) as temporary:
-        yield temporary
-        target.put(temporary)
+    with scratch_directory("write") as scratch:
+        yield scratch / target.name
+        target.put(scratch / target.name)
 
 
 @contextmanager
@@ -116,18 +126,11 @@ def local_copy(path: Location) -> Iterator[Path]:
         yield path
         return
     content = path.read_bytes()
-    with _scratch(path.name) as temporary:
+    with scratch_directory("read") as scratch:
+        temporary = scratch / path.name
         with explain_os_errors(temporary, "writing"):
             temporary.write_bytes(content)
         yield temporary
-
-
-@contextmanager
-def _scratch(name: str) -> Iterator[Path]:
-    with explain_os_errors(Path(tempfile.gettempdir()), "making a temporary file in"):
-        directory = tempfile.TemporaryDirectory(prefix="pseudolabel-")
-    with directory:
-        yield Path(directory.name) / name
 
 
 def write_atomic(target: Location, data: bytes | str) -> None:

@@ -33,6 +33,7 @@ _CONDITION_CODES = ("PreconditionFailed", "ConditionalRequestConflict", "412")
 _FINAL = (FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError, ImportError)
 _FINAL_NAMES = ("Credential", "ProfileNotFound", "ParamValidation", "InvalidRegion")  # parts of, in all libraries
 _REFUSED = (TypeError, AttributeError, NotImplementedError, ValueError)  # asking again changes nothing
+_WITHOUT_REASON = "An error occurred () when calling the "
 _given_up = False
 
 
@@ -227,7 +228,11 @@ def shown(url: str) -> str:
 
 def one_line(error: BaseException) -> str:
     """The error in one line, without what may be a secret."""
-    first, *more = (str(error) or type(error).__name__).splitlines()
+    said = str(error) or type(error).__name__
+    if _WITHOUT_REASON in said:  # an answer that isn't S3's: of a proxy, or another server
+        asked = said.rpartition(_WITHOUT_REASON)[2].partition(" ")[0]
+        said = f"the answer to {asked} was {_status(error)}, with no reason"
+    first, *more = said.splitlines()
     text = f"{first} {more[0].strip()}" if more and first.endswith(":") else first
     text = re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\")]+", r"\1?…", text)
     return re.sub(r"://[^\s/@]+@", "://…@", text)[:300]

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pseudolabel.errors import OutputExists, StorageError
+from pseudolabel.errors import MissingFile, OutputExists, StorageError
 from pseudolabel.storage.remote import Entry
 
 _TEMPORARY = ".tmp-"
@@ -31,7 +31,8 @@ def explain_os_errors(path: os.PathLike[str], doing: str) -> Iterator[None]:
 
 def explained(error: OSError, path: os.PathLike[str], doing: str) -> StorageError:
     """`error` as a `StorageError` that names the place, the cause and the remedy."""
-    return StorageError(f"{doing} {path} failed: {error.strerror or error}\n{_remedy(error)}")
+    kind = MissingFile if isinstance(error, FileNotFoundError) and doing == "reading" else StorageError
+    return kind(f"{doing} {path} failed: {error.strerror or error}\n{_remedy(error)}")
 
 
 def _remedy(error: OSError) -> str:
@@ -118,6 +119,17 @@ def held(directory: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def named_directory() -> Path | None:
+    """The directory that PSEUDOLABEL_SPOOL names for copies of what lies at URLs. Raises `StorageError` for a URL."""
+    named = os.environ.get("PSEUDOLABEL_SPOOL")
+    if named and "://" in named:
+        raise StorageError(
+            f"PSEUDOLABEL_SPOOL={named.partition('://')[0]}://…: the spool must be on this machine; name a "
+            "directory on a quick disk"
+        )
+    return Path(named) if named else None
 
 
 def is_temporary(name: str) -> bool:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from pseudolabel.errors import StorageError
+from pseudolabel.errors import MissingFile, StorageError
 from pseudolabel.storage.asking import CHECK_PLACE, EXTRAS, WEB, Unfit, ask, is_missing_bucket, one_line, shown
 
 _AT_ONCE = 16  # requests under way, of many small ones
@@ -57,6 +57,8 @@ class RemotePath(os.PathLike[str]):
             )
         if not parts.netloc:
             raise StorageError(f"{shown(self.url)}: names no bucket or host")
+        if ".." in parts.path.split("/"):
+            raise StorageError(f"{shown(self.url)}: '..' leads nowhere in a URL; write out where it is")
 
     def __fspath__(self) -> str:
         return self.url
@@ -219,19 +221,19 @@ class RemotePath(os.PathLike[str]):
 
     def put(self, source: Path) -> None:
         """Make this the content of a local file, at once. Raises `StorageError`."""
-        self._writable()
+        self.check_writable()
         self._write("put_file", os.fspath(source), self._bare, size=source.stat().st_size)
 
     def write_bytes(self, data: bytes) -> None:
         """Make this the file's content, at once. Raises `StorageError`."""
-        self._writable()
+        self.check_writable()
         self._write("pipe_file", self._bare, data, size=len(data))
 
     def write_new(self, data: bytes) -> bool:
         """Write unless something is there; whether it was written. Of several at once one wins, where the storage
         knows conditions (S3 does; its imitations may not, and there the last one wins).
         """
-        self._writable()
+        self.check_writable()
         if self.is_file():
             return False
         try:
@@ -244,7 +246,7 @@ class RemotePath(os.PathLike[str]):
 
     def unlink(self, missing_ok: bool = False) -> None:
         """Delete the file. Raises `StorageError`."""
-        self._writable()
+        self.check_writable()
         try:
             ask(self.url, "removing", "rm_file", self._bare)
         except FileNotFoundError as error:
@@ -254,7 +256,8 @@ class RemotePath(os.PathLike[str]):
     def mkdir(self, **_: bool) -> None:
         """Nothing: directories of an object storage are there when something is in them."""
 
-    def _writable(self) -> None:
+    def check_writable(self) -> None:
+        """Raise `StorageError` for a web server's."""
         if self.is_web:
             raise StorageError(f"{self}: a web server is only read from; write to a directory or an object storage")
 
@@ -268,7 +271,7 @@ class RemotePath(os.PathLike[str]):
         return StorageError(f"{doing} {self} failed: {one_line(error)}\n{CHECK_PLACE}")
 
     def _absent(self) -> StorageError:
-        return StorageError(f"reading {self} failed: there is no such file\n{CHECK_PLACE}")
+        return MissingFile(f"reading {self} failed: there is no such file\n{CHECK_PLACE}")
 
 
 def entries_of(paths: Iterable[RemotePath]) -> list[Entry | None]:

@@ -31,11 +31,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pseudolabel.errors import StorageError
-from pseudolabel.storage.local import explain_os_errors
+from pseudolabel.storage.local import explain_os_errors, named_directory
 from pseudolabel.storage.remote import Entry, RemotePath
 
 _PIECE = 8 << 20
 _PIECES_AHEAD = 4
+_TRIES = 4  # of a file that is deleted while it is fetched
 _ABANDONED = 3600.0  # seconds after which a file that nobody goes on fetching may go
 _OURS = re.compile(r"[0-9a-f]{40}(\.part)?")
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -63,12 +64,25 @@ def fetch(source: RemotePath) -> Spooled:
         StorageError: it isn't there, can't be fetched, was replaced meanwhile, or the disk is full.
     """
     entry = source.entry()
-    directory = _directory()
     named = f"{source.url} {entry.size} {entry.version}"
     if not entry.version:  # nothing says whether it is still the same: for this process, this time only
         named += f" {os.getpid()} {time.monotonic_ns()}"
-    path = directory / hashlib.sha256(named.encode()).hexdigest()[:40]
-    with explain_os_errors(path, "writing"):
+    name = hashlib.sha256(named.encode()).hexdigest()[:40]
+    for _ in range(_TRIES):
+        path = _directory() / name
+        with explain_os_errors(path, "writing"):
+            found = _found_or_fetched(source, entry, path)
+            if found is None:
+                continue
+            if not entry.version:
+                _remove(path)
+            return found
+    raise StorageError(f"{path}: is gone as soon as it is fetched; give the spool more room: {_limits()}")
+
+
+def _found_or_fetched(source: RemotePath, entry: Entry, path: Path) -> Spooled | None:
+    """The file at `path`; None if somebody has deleted it, or the spool, meanwhile."""
+    try:
         found = _open(path, entry)
         if found is None:
             with _alone(path):
@@ -76,11 +90,14 @@ def fetch(source: RemotePath) -> Spooled:
                 if found is None:
                     _fetch(source, entry, path)
                     found = _open(path, entry)
-    if found is None:
-        raise StorageError(f"{path}: is gone as soon as it is fetched; give the spool more room: {_limits()}")
-    if not entry.version:
-        _remove(path)
-    return found
+        return found
+    except FileNotFoundError:
+        return None
+    except IsADirectoryError as error:
+        raise StorageError(
+            f"{error.filename}: is a directory where the spool keeps a file; remove it, or let PSEUDOLABEL_SPOOL name "
+            "another place"
+        ) from error
 
 
 def _open(path: Path, entry: Entry) -> Spooled | None:
@@ -176,7 +193,7 @@ def _files(directory: Path) -> Iterator[tuple[float, int, Path]]:
     """Time of last use, size and path of all that was fetched; what else lies there is somebody's own."""
     with os.scandir(directory) as found:
         for one in found:
-            if _OURS.fullmatch(one.name):
+            if _OURS.fullmatch(one.name) and not one.is_dir():
                 with suppress(FileNotFoundError):  # another process makes room, too
                     status = one.stat()
                     yield max(status.st_atime, status.st_mtime), status.st_size, Path(one.path)
@@ -218,11 +235,17 @@ def _remove(path: Path) -> None:
     _beside(path).unlink(missing_ok=True)
 
 
+def check() -> None:
+    """Raise `StorageError` if the spool can't be one: said once, before anything is fetched or loaded."""
+    directory = _directory()
+    with explain_os_errors(directory, "writing to the spool"), tempfile.TemporaryFile(dir=directory):
+        _limit(directory, 0)
+
+
 def _directory() -> Path:
     """The spool's directory, made if it isn't there, and nobody else's."""
-    named = os.environ.get("PSEUDOLABEL_SPOOL")
-    path = Path(named) if named else Path(tempfile.gettempdir()) / f"pseudolabel-spool-{os.getuid()}"
-    with explain_os_errors(path, "making"):
+    path = named_directory() or Path(tempfile.gettempdir()) / f"pseudolabel-spool-{os.getuid()}"
+    with explain_os_errors(path, "making the spool"):
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         if path.stat().st_uid != os.getuid():
             raise StorageError(f"{path}: belongs to another user; set PSEUDOLABEL_SPOOL to a directory of your own")
