@@ -14,7 +14,7 @@ MODULES = {
 }
 IMPLEMENTATIONS = {name for name in MODULES if name.startswith(("teachers.", "engines."))}
 VERBS = {"pack", "annotate", "train", "evaluate", "labels.verify", "labels.summary"}
-VERBS |= {"calibration.calibrate", "selection.select"}
+VERBS |= {"calibration.calibrate", "selection.select", "leaks"}
 VERBS |= {name for name in MODULES if name.split(".")[0] == "plan"}
 OUTER = {"rounds", "demo", "display", "__main__"} | {name for name in MODULES if name.split(".")[0] == "cli"}
 
@@ -75,6 +75,7 @@ def test_only_the_outside_imports_the_outside() -> None:
         ("webdataset", {"shards"}),
         ("duckdb", {"database"}),
         ("plotly", {"report"}),
+        ("imagehash", {"duplicates.look"}),
         ("torchmetrics", {"evaluate"}),
         ("timm", {"teachers.timm"}),
         ("transformers", {"teachers.huggingface"}),
