@@ -16,12 +16,14 @@ if TYPE_CHECKING:
     from pseudolabel.annotate import annotate_shard as annotate_shard
     from pseudolabel.calibration import read_calibration as read_calibration
     from pseudolabel.calibration.calibrate import calibrate as calibrate
+    from pseudolabel.duplicates.ledger import read_leaks as read_leaks
     from pseudolabel.engines.local import LocalEngine as LocalEngine
     from pseudolabel.errors import PseudolabelError as PseudolabelError
     from pseudolabel.evaluate import evaluate as evaluate
     from pseudolabel.labels.store import open_store as open_store
     from pseudolabel.labels.summary import summarize_store as summarize_store
     from pseudolabel.labels.verify import verify as verify
+    from pseudolabel.leaks import find_leaks as find_leaks
     from pseudolabel.losses import kd_loss as kd_loss
     from pseudolabel.pack import pack as pack
     from pseudolabel.plan import Plan as Plan
@@ -51,12 +53,14 @@ _HOME = {
     "annotate_shard": "annotate",
     "read_calibration": "calibration",
     "calibrate": "calibration.calibrate",
+    "read_leaks": "duplicates.ledger",
     "LocalEngine": "engines.local",
     "PseudolabelError": "errors",
     "evaluate": "evaluate",
     "open_store": "labels.store",
     "summarize_store": "labels.summary",
     "verify": "labels.verify",
+    "find_leaks": "leaks",
     "kd_loss": "losses",
     "pack": "pack",
     "Plan": "plan",

@@ -23,8 +23,8 @@ from pseudolabel.batch_size import choose_batch_size
 from pseudolabel.engines import default_engine
 from pseudolabel.errors import PseudolabelError, ShardListError, SpecError, StoreMismatch, TooManyRejects
 from pseudolabel.failures import Failures
-from pseudolabel.inputs import how_classes_differ, named_beside
 from pseudolabel.interfaces import Engine, LoadedTeacher, Teacher
+from pseudolabel.label_space import how_classes_differ, named_beside
 from pseudolabel.labeling import AnnotateWork, Progress, annotate_shard, identify, settle
 from pseudolabel.labels import store
 from pseudolabel.labels.footers import WORTH_IT, read_footers

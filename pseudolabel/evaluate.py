@@ -13,7 +13,8 @@ from torch import Tensor
 
 from pseudolabel.checkpoint import load_model
 from pseudolabel.errors import StoreMismatch
-from pseudolabel.inputs import check_annotated, check_labeled, check_names
+from pseudolabel.inputs import check_annotated, check_labeled
+from pseudolabel.label_space import check_names
 from pseudolabel.labels.store import Store, open_store
 from pseudolabel.shard_lists import Shard, ShardsLike, as_shards
 from pseudolabel.validate import labeled_batches

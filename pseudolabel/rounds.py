@@ -19,7 +19,6 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -43,7 +42,7 @@ from pseudolabel.shards import shard_sha256
 from pseudolabel.storage import Location
 from pseudolabel.teachers import parse_teachers
 from pseudolabel.train import TrainResult, train
-from pseudolabel.trusting import UNCHECKED, Trust, needs_evidence, settle_trust
+from pseudolabel.trusting import Trust, known_leaks, needs_evidence, settle_trust
 
 
 class Watcher(Protocol):
@@ -130,14 +129,7 @@ class _Pipeline:
         )
         self.test = list_shards(data.test) if data.test is not None else None
         self.classes = read_classes(data.classes) if data.classes is not None else None
-        self.exclude: Mapping[str, Sequence[int]] | None = None
-        if data.leaks is None:
-            watcher.stage(
-                "note: the unlabeled images were not compared with val and test; `pseudolabel leaks` finds those that "
-                "are in both (data.leaks in a recipe)"
-            )
-        elif data.leaks != UNCHECKED:
-            self.exclude = {}
+        self.leaks = known_leaks(data.leaks, watcher.stage)
 
     @property
     def fingerprint(self) -> str:
@@ -215,7 +207,7 @@ class _Pipeline:
             open_store(directory / "store"),
             directory,
             [shard.name for shard in self.val],
-            self.exclude,
+            self.leaks,
             lambda text: self.watcher.stage(f"round {number}: {text}"),
         )
         count = annotated.samples - annotated.rejects if trust.selection is None else trust.selection.facts["selected"]

@@ -25,7 +25,8 @@ from pseudolabel.checkpoint import ModelCard, save_model
 from pseudolabel.dataset import TrainingBatches
 from pseudolabel.distributed import Team
 from pseudolabel.errors import LabelError, LaunchError
-from pseudolabel.inputs import TrainingData, TrainingShard, check_names, gather
+from pseudolabel.inputs import TrainingData, TrainingShard, gather
+from pseudolabel.label_space import check_names
 from pseudolabel.labels.encodings import parse_encoding
 from pseudolabel.labels.store import Store, open_store
 from pseudolabel.loop import TrainingLoop, TrainProgress

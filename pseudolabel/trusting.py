@@ -9,11 +9,12 @@ trained already. Validation shards, which the teacher wasn't trained on, are the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pseudolabel.calibration import Calibration, read_calibration
 from pseudolabel.calibration.calibrate import calibrate
+from pseudolabel.duplicates.ledger import Leaks, read_leaks
 from pseudolabel.labels.store import Store
 from pseudolabel.recipe import Recipe
 from pseudolabel.selection import Selection, open_selection
@@ -38,12 +39,22 @@ def needs_evidence(recipe: Recipe) -> bool:
     return recipe.calibrate is not None or recipe.select is not None
 
 
+def known_leaks(path: str | None, say: Callable[[str], None]) -> Leaks | None:
+    """What `leaks` found, as a recipe's `data.leaks` names it; says so if nobody looked. Raises as `read_leaks`."""
+    if path is None:
+        say(
+            "note: the unlabeled images were not compared with val and test; `pseudolabel leaks` finds those that are "
+            "in both (data.leaks in a recipe)"
+        )
+    return None if path in (None, UNCHECKED) else read_leaks(path)
+
+
 def settle_trust(
     recipe: Recipe,
     store: Store,
     directory: Location,
     evidence: Sequence[str],
-    exclude: Mapping[str, Sequence[int]] | None,
+    leaks: Leaks | None,
     say: Callable[[str], None],
 ) -> Trust:
     """Calibrate and select in a round's directory; what is there is taken if the round's student is done.
@@ -64,7 +75,7 @@ def settle_trust(
                 f"calibrated on {found.rows} validation rows: ECE {found.before['ece']:.4f} before, "
                 f"{found.after['ece']:.4f} after (cross-fitted)"
             )
-    if recipe.select is not None or exclude is not None:
+    if recipe.select is not None or leaks is not None:
         if not (done and (place / "selection.json").exists()):
             chosen = select(
                 store,
@@ -72,7 +83,7 @@ def settle_trust(
                 recipe.select or SelectSettings(),
                 calibration=calibration,
                 evidence=evidence if recipe.select is not None else None,
-                exclude=exclude,
+                exclude=leaks,
                 overwrite=True,
             )
             say(

@@ -24,7 +24,7 @@ VERBS = {
     "labels.histograms",
     "reannotate",
 }
-VERBS |= {"calibration.calibrate", "selection.select"}
+VERBS |= {"calibration.calibrate", "selection.select", "leaks"}
 VERBS |= {name for name in MODULES if name.split(".")[0] == "plan"}
 OUTER = {"rounds", "demo", "display", "charts", "__main__"} | {name for name in MODULES if name.split(".")[0] == "cli"}
 
@@ -85,6 +85,7 @@ def test_only_the_outside_imports_the_outside() -> None:
         ("webdataset", {"shards"}),
         ("duckdb", {"database"}),
         ("plotly", {"report"}),
+        ("imagehash", {"duplicates.look"}),
         ("torchmetrics", {"evaluate"}),
         ("timm", {"teachers.timm"}),
         ("transformers", {"teachers.huggingface"}),

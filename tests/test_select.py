@@ -18,6 +18,7 @@ from stores import add_part, known, write_store
 from torch import Tensor
 
 from pseudolabel.calibration.calibrate import calibrate
+from pseudolabel.duplicates.ledger import Leak, Leaks, write_leaks
 from pseudolabel.errors import OutputExists, SelectionError, StoreError, StoreMismatch
 from pseudolabel.labels.store import Store
 from pseudolabel.selection import Selection, open_selection
@@ -348,3 +349,18 @@ def test_the_command(store: Store, tmp_path: Path, cli: Cli, invoke: Invoke, ref
     assert code == 0
     assert "without --target-precision, --certainty has no effect" in err
     assert json.loads((tmp_path / "u" / "selection.json").read_text())["selected"] == 500
+
+
+def test_leaks_are_excluded_if_they_are_of_these_shards(store: Store, tmp_path: Path) -> None:
+    sha256 = {name: store.info(name).sha256 for name in ("u-0", "u-1")}
+    against = {"val": store.info("val").sha256}
+    found = Leak("u-0", 7, "u-0/000007", "near", 2, 0.99, "val", "val/000001", 1)
+    write_leaks(tmp_path / "leaks.parquet", [found], {"shards": sha256, "against": against})
+    result = select(store, tmp_path / "s", exclude=tmp_path / "leaks.parquet")
+    assert (result.selected, result.excluded) == (499, 1)
+    assert ("u-0", 7) not in _chosen(tmp_path / "s", store)
+    assert open_selection(tmp_path / "s").facts["excluded"]["samples"] == 1
+    with pytest.warns(UserWarning, match="1 of 3 shards of the store were not looked through for leaks, such as u-1"):
+        select(store, tmp_path / "t", exclude=Leaks({}, {"u-0": sha256["u-0"]}, against))
+    with pytest.raises(SelectionError, match="'u-1': leaks were looked for in another content"):
+        select(store, tmp_path / "x", exclude=Leaks({}, {**sha256, "u-1": "0" * 64}, against))

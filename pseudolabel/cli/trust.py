@@ -70,8 +70,12 @@ def select(
         str | None, typer.Option(metavar="FILE", help="what calibrate made: confidences are calibrated ones")
     ] = None,
     evidence: Evidence = None,
+    exclude: Annotated[str | None, typer.Option(metavar="FILE", help="what leaks made: none of these samples")] = None,
     like: Annotated[
-        str | None, typer.Option(metavar="SELECTION", help="the rules, calibration and evidence of another selection")
+        str | None,
+        typer.Option(
+            metavar="SELECTION", help="the rules, calibration and evidence of another selection, not what it excludes"
+        ),
     ] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -95,7 +99,7 @@ def select(
             "evidence": _names(evidence),
         }
         _note_idle(given)
-    result = select(store, out, **how, overwrite=overwrite)
+    result = select(store, out, **how, exclude=exclude, overwrite=overwrite)
     print_coverage(result, for_people(as_json))
     print_pairs(_summary(dataclasses.asdict(result)), for_people(as_json))
     return dataclasses.asdict(result)

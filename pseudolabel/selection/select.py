@@ -26,6 +26,7 @@ from pseudolabel.errors import OutputExists, SelectionError, StoreError
 from pseudolabel.labels.footers import read_footers
 from pseudolabel.labels.store import Store, open_store
 from pseudolabel.selection import Selection, write_selection
+from pseudolabel.selection.exclusion import Exclusion, excluded_positions, recorded
 from pseudolabel.selection.findings import findings, why_nothing
 from pseudolabel.selection.manifest import manifest_parts
 from pseudolabel.selection.precision import lowest_threshold
@@ -79,14 +80,14 @@ def select(
     *,
     calibration: Calibration | None = None,
     evidence: Sequence[str] | None = None,
-    exclude: Mapping[str, Sequence[int]] | None = None,
+    exclude: Exclusion = None,
     overwrite: bool = False,
 ) -> SelectResult:
     """Select from all rows of a store by its clean view (a sample's other views go with it), and write the selection
     into the directory `out`.
 
     Rows with a label are evidence (all, or those of the shards named `evidence`) and aren't selected themselves unless
-    the settings say so. `exclude` maps shards to positions of samples that must not be selected.
+    the settings say so. `exclude` names samples that must not be selected: what `leaks` found, or positions by shard.
 
     Raises:
         SelectionError: nothing is left, or no threshold reaches the target.
@@ -101,13 +102,14 @@ def select(
     store = store if isinstance(store, Store) else open_store(store)
     _check_calibration(calibration, store, settings)
     footers = read_footers(store)
-    shards = list(footers)
+    shards, sha256 = list(footers), {name: footer.info.sha256 for name, footer in footers.items()}
+    positions = excluded_positions(exclude, sha256)
     if absent := sorted(set(evidence or ()) - footers.keys()):
         raise StoreError(f"{store.root}: shard {absent[0]!r}, named as evidence, has no part here; annotate it first")
     used = calibration if calibration is None or settings.align_prior else calibration.without_shift()
     scoring = Scoring(store, used, settings.max_disagreement is not None)
     with scratch_database() as connection:
-        load_scores(connection, scoring, shards, exclude or {})
+        load_scores(connection, scoring, shards, positions)
         _mark_evidence(connection, shards, evidence)
         thresholds = _thresholds(connection, settings, store)
         if not mark_candidates(connection, settings, thresholds):
@@ -115,7 +117,6 @@ def select(
         choose(connection, settings, store.identity.num_classes)
         found = findings(connection, settings, store)
         counts = dict(connection.execute("select part, count(*) from chosen group by part").fetchall())
-        sha256 = {name: footer.info.sha256 for name, footer in footers.items()}
         content = "\n".join(f"{name} {digest}" for name, digest in sha256.items())
         facts = {
             "store": store.fingerprint,
@@ -123,7 +124,7 @@ def select(
             "settings": settings.model_dump(mode="json"),
             "calibration": None if calibration is None else {**calibration.to_json(), "facts": {}},
             "evidence": sorted(evidence) if evidence is not None else None,
-            "excluded": _exclusion(exclude),
+            "excluded": recorded(positions),
             "thresholds": _named(thresholds),
             "shards": {name: counts.get(part, 0) for part, name in enumerate(shards)},
             **found,
@@ -204,13 +205,6 @@ def _unreached(store: Store, settings: SelectSettings, right: int, rows: int) ->
         f"of {settings.certainty:g} ({seen})\nannotate more labeled shards into this store, which the teacher wasn't "
         "trained on; or lower --target-precision or --certainty"
     )
-
-
-def _exclusion(exclude: Mapping[str, Sequence[int]] | None) -> dict[str, Any] | None:
-    if exclude is None:
-        return None
-    lines = "\n".join(f"{name} {sorted(exclude[name])}" for name in sorted(exclude))
-    return {"samples": sum(map(len, exclude.values())), "sha256": hashlib.sha256(lines.encode()).hexdigest()}
 
 
 def _result(written: Selection, seconds: float) -> SelectResult:
