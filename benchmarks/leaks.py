@@ -1,24 +1,31 @@
 """How many planted copies `leaks` finds among tiny images, and how many different images it takes for copies.
 
     python benchmarks/leaks.py
+    python benchmarks/leaks.py --speed
 
 On the bundled Fashion-MNIST (28x28): changed copies of the first 500 validation images against these, by kind of
 change; then the 12,000 unlabeled images, which are others, against all validation and test images.
+With --speed: how long it takes to compare images with 100,000 others, on random hashes.
 """
 
 from __future__ import annotations
 
 import io
+import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 
 from pseudolabel.demo import pack_bundled
+from pseudolabel.duplicates.look import SIDE, VARIANTS, Looks
+from pseudolabel.duplicates.search import Others, nearest
 from pseudolabel.engines.local import LocalEngine
-from pseudolabel.leaks import find_leaks
+from pseudolabel.leaks import DISTANCE, find_leaks
 from pseudolabel.shard_lists import list_shards
 from pseudolabel.shards import read_samples, write_shard
 
@@ -80,5 +87,22 @@ def main() -> None:
             print("  {key} and {against_key}: {similarity:.4f}, {distance} bits".format(**row))
 
 
+def looks(count: int, hashes: int, seed: int) -> Looks:
+    random = np.random.default_rng(seed)
+    thumbs = random.integers(0, 256, (count, SIDE, SIDE), dtype=np.uint8)
+    chosen = random.integers(0, 1 << 63, (count, hashes), dtype=np.uint64)
+    digests = tuple(random.bytes(16) for _ in range(count))
+    keys = tuple(map(str, range(count)))
+    return Looks(tuple(range(count)), keys, digests, chosen, thumbs, np.full((count, 2), SIDE), 0)
+
+
+def speed(images: int = 1024, against: int = 100_000) -> None:
+    others, asked = Others.of([looks(against, VARIANTS, 0)]), looks(images, 1, 1)
+    nearest(looks(1, 1, 2), others, DISTANCE)  # what is made once
+    started = time.process_time()
+    nearest(asked, others, DISTANCE)
+    print(f"{(time.process_time() - started) / images * 1000:.2f} ms of a core an image, against {against}")
+
+
 if __name__ == "__main__":
-    main()
+    speed() if "--speed" in sys.argv else main()

@@ -127,7 +127,7 @@ def _seen(
             found.append(one)
             if tell is not None:
                 finished: dict[str, Any] | None = {"seconds": {}} if one.damage is None else None
-                tell(Progress(one.ends.name, one.samples, finished, one.damage, one.ends))
+                tell(Progress(one.ends.name, one.samples, finished, one.damage, ends=one.ends))
     damage = sorted(str(one.damage) for one in found if one.damage is not None)
     if damage:
         others = f"\n{len(damage) - 1} more of {len(shards)} shards are damaged" if len(damage) > 1 else ""

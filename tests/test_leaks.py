@@ -14,9 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 from commands import Invoke, Refuse
 from made_images import encode, picture
+from object_stores import Bucket
 from PIL import Image, ImageOps
 
 import pseudolabel
+from pseudolabel import storage
 from pseudolabel.demo import bundled
 from pseudolabel.duplicates.look import CROPS, look_at
 from pseudolabel.engines.local import LocalEngine
@@ -205,6 +207,16 @@ def test_what_is_there_stays(planted: Path) -> None:
     assert (planted / "kept").read_text() == "mine"
     search(planted, "kept", overwrite=True)
     assert len(read_leaks(planted / "kept").excluded) == 3
+
+
+def test_leaks_at_a_url(planted: Path, bucket: Bucket) -> None:
+    place = storage.location(f"{bucket.url}/val/val-0.tar")
+    storage.write_atomic(place, (planted / "val" / "val-0.tar").read_bytes())
+    out = f"{bucket.url}/leaks.parquet"
+    find_leaks(planted / "unlabeled", f"{bucket.url}/val", out, engine=ALONE)
+    assert read_leaks(out).excluded == {f"u-{number}": [1] for number in range(3)}
+    with pytest.raises(OutputExists):
+        find_leaks(planted / "unlabeled", planted / "val", out, engine=ALONE)
 
 
 def test_a_damaged_shard_is_named_and_nothing_written(planted: Path) -> None:
