@@ -20,7 +20,8 @@ from typing import Any
 from pseudolabel import storage
 from pseudolabel.duplicates.ledger import Leak, Leaks, read_leaks, write_leaks
 from pseudolabel.duplicates.look import CROP, hash_version
-from pseudolabel.duplicates.search import SIMILARITY, Others
+from pseudolabel.duplicates.search import Others
+from pseudolabel.duplicates.second_look import SIMILARITY
 from pseudolabel.duplicates.work import LookWork, SearchWork, Seen
 from pseudolabel.engines import default_engine
 from pseudolabel.errors import DamagedShard, OutputExists, ShardListError, SpecError
