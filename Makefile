@@ -39,6 +39,11 @@ bench: install
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/plan.py
 	$(BIN)/python benchmarks/scale.py
+	$(BIN)/python benchmarks/select_rows.py
+	$(BIN)/python benchmarks/target_precision.py
+	$(BIN)/python benchmarks/verify.py
+	$(BIN)/python benchmarks/leaks.py
+	$(BIN)/python benchmarks/label_budget.py
 
 clean:
 	rm -rf $(VENV) demo build dist

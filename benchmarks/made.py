@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,15 @@ from PIL import Image
 from torch import Tensor
 
 from pseudolabel.checkpoint import ModelCard, save_model
+from pseudolabel.decoding import DecodedBatch, ShardEnd
 from pseudolabel.demo import bundled
+from pseudolabel.forward import encoded
+from pseudolabel.labels.encodings import parse_encoding
+from pseudolabel.labels.part import AnnotatedShard, PartBuilder
+from pseudolabel.labels.store import Store, StoreIdentity, create
 from pseudolabel.shard_lists import Shard
 from pseudolabel.shards import read_samples, write_shard
+from pseudolabel.views.draw import CLEAN, row_seeds
 from pseudolabel.views.image import Preprocessing, square
 
 GARMENTS = square(28, 1)
@@ -69,17 +76,53 @@ def write_shards(directory: Path, images: Sequence[bytes], *, rows: int, count: 
     return shards
 
 
-def peaked_logits(rows: int, classes: int) -> Tensor:
+def peaked_logits(rows: int, classes: int, seed: int = 0) -> Tensor:
     """Logits (rows, classes) as a trained linear head gives them.
 
     Class vectors w_c in 64 dimensions come in groups of ten that share a centre (cosine about 0.5). An image of class
     y has the features w_y + noise; its logits are a·w_c·features, with a lognormal. So rows differ in confidence, the
     runners-up are mostly relatives of the class, and the tail is bell-shaped.
     """
-    made = torch.Generator().manual_seed(0)
+    made = torch.Generator().manual_seed(seed)
     centres = torch.randn(-(-classes // 10), 64, generator=made).repeat_interleave(10, dim=0)[:classes]
     vectors_CD = torch.nn.functional.normalize(centres + torch.randn(classes, 64, generator=made), dim=-1)
     of_class_N = torch.randint(classes, (rows,), generator=made)
     features_ND = vectors_CD[of_class_N] + 0.12 * torch.randn(rows, 64, generator=made)
     scale_N1 = 12.0 * (0.4 * torch.randn(rows, 1, generator=made)).exp()
     return scale_N1 * (features_ND @ vectors_CD.T)
+
+
+def build_part(
+    shard: str,
+    logits_NC: Tensor,
+    encoding: str,
+    *,
+    labels: Sequence[int | None] | None = None,
+    fingerprint: str = "0" * 64,
+    batch: int = 256,
+) -> AnnotatedShard:
+    """A shard's part as annotate makes it of these logits, batch by batch."""
+    made_as = parse_encoding(encoding)
+    builder = PartBuilder(shard, made_as, logits_NC.shape[1], fingerprint)
+    for start in range(0, len(logits_NC), batch):
+        logits_BC = logits_NC[start : start + batch]
+        rows = list(range(start, start + len(logits_BC)))
+        keys = [f"sample-{row:08d}" for row in rows]
+        own = list(labels[start : start + batch]) if labels is not None else [None] * len(rows)
+        seed_B = torch.tensor(row_seeds(keys, [0] * len(rows)))
+        builder.add(DecodedBatch(keys, rows, own, [(CLEAN,)] * len(rows)), encoded(made_as, logits_BC, seed_B))
+    sha256 = hashlib.sha256(shard.encode()).hexdigest()
+    return builder.finish(ShardEnd(size=0, sha256=sha256, samples=len(logits_NC)))
+
+
+def store_of(
+    root: Path, parts: Mapping[str, tuple[Tensor, Sequence[int | None] | None]], encoding: str = "dense"
+) -> Store:
+    """A store of shards with these logits (N, C) and labels."""
+    num_classes = next(iter(parts.values()))[0].shape[1]
+    identity = StoreIdentity({}, tuple(map(str, range(num_classes))), encoding, {"count": 1}, "fp32")
+    store = create(root, identity)
+    for shard, (logits_NC, labels) in parts.items():
+        made = build_part(shard, logits_NC, encoding, labels=labels, fingerprint=store.fingerprint)
+        store.commit(made.info, made.part, made.rejects)
+    return store

@@ -11,7 +11,8 @@ with keys, summaries, checksums and hash. One thread each, in turns, files synce
                  training reads, and the whole file is verified
     …, ×         that as a multiple of default Parquet in the same turn, which holds on other machines, too
     encode       MB/s of what annotate does to a batch's logits before: encode, sum up, measure the loss, make a table
-    KL           mean nats of KL(full ‖ stored) at T = 1, 2 and 4, as `labels.encodings.divergence` measures it
+    KL           mean nats of KL(full ‖ stored) at T = 1, 2 and 4, as `labels.facts.divergence` measures it; of draws
+                 KL(stored ‖ full) at T = 1
 """
 
 from __future__ import annotations
@@ -32,14 +33,16 @@ import setup
 import torch
 from torch import Tensor
 
-from pseudolabel.decoding import DecodedBatch, ShardEnd
 from pseudolabel.labels.encodings import parse_encoding
-from pseudolabel.labels.part import AnnotatedShard, PartBuilder
+from pseudolabel.labels.part import AnnotatedShard
 from pseudolabel.labels.schema import write_sealed
 from pseudolabel.labels.store import Store, StoreIdentity
 
-STORED = {10: ("dense", "topk:5"), 1000: ("dense", "topk:10", "topk:50")}
-BASELINE, BATCH = "Parquet, default", 256
+STORED = {
+    10: ("dense", "dense8", "topk:5", "sampled:50"),
+    1000: ("dense", "dense8", "topk:10", "topk:50", "sampled:50"),
+}
+BASELINE = "Parquet, default"
 
 
 @dataclass(frozen=True)
@@ -61,16 +64,6 @@ def plain_forms(directory: Path, logits_NC: Tensor) -> dict[str, Form]:
         "torch.save": Form(pt, partial(torch.save, logits_NC, pt), partial(torch.load, pt, weights_only=True)),
         BASELINE: Form(parquet, partial(pq.write_table, table, parquet), partial(pq.read_table, parquet)),
     }
-
-
-def build_part(logits_NC: Tensor, encoding: str) -> AnnotatedShard:
-    """A shard's part as annotate makes it, batch by batch."""
-    builder = PartBuilder("shard", parse_encoding(encoding), logits_NC.shape[1], fingerprint="0" * 64)
-    for start in range(0, len(logits_NC), BATCH):
-        logits_BC = logits_NC[start : start + BATCH]
-        rows = range(start, start + len(logits_BC))
-        builder.add(DecodedBatch([f"sample-{row:08d}" for row in rows], list(rows), [None] * len(rows)), logits_BC)
-    return builder.finish(ShardEnd(size=0, sha256="0" * 64, samples=len(logits_NC)))
 
 
 def stored_form(directory: Path, part: AnnotatedShard) -> Form:
@@ -101,14 +94,14 @@ def megabytes_per_second(work: Callable[[], object], logits_NC: Tensor) -> float
 def measure(directory: Path, logits_NC: Tensor, repetitions: int) -> list[setup.Row]:
     """A row of the table for each form."""
     count, num_classes = logits_NC.shape
-    parts = {encoding: build_part(logits_NC, encoding) for encoding in STORED[num_classes]}
+    parts = {encoding: made.build_part("shard", logits_NC, encoding) for encoding in STORED[num_classes]}
     forms = plain_forms(directory, logits_NC) | {name: stored_form(directory, part) for name, part in parts.items()}
     speeds: dict[tuple[str, str], list[float]] = {}
     for _ in range(repetitions):
         works: dict[tuple[str, str], Callable[[], object]] = {}
         works |= {("write", name): partial(write_synced, form) for name, form in forms.items()}
         works |= {("read", name): form.read for name, form in forms.items()}
-        works |= {("encode", name): partial(build_part, logits_NC, name) for name in parts}
+        works |= {("encode", name): partial(made.build_part, "shard", logits_NC, name) for name in parts}
         for key, work in works.items():
             speeds.setdefault(key, []).append(megabytes_per_second(work, logits_NC))
 

@@ -190,7 +190,7 @@ def print_calibration(result: CalibrateResult, file: Any) -> None:
     for place in sorted(set().union(*columns)):
         bins.add_row(*(_bin(column.get(place)) for column in columns))
     console.print(bins)
-    pairs = {"method": result.method, "temperature": result.temperature, "out": result.out}
+    pairs = {"method": result.method, "temperature": result.temperature, "out": result.out or "nothing written"}
     print_pairs({"rows": f"{result.rows} of {result.labeled_rows} with a label", **pairs}, file)
 
 

@@ -26,7 +26,8 @@ from pseudolabel.annotate import annotate
 from pseudolabel.cli import app
 from pseudolabel.shards import write_shard
 
-COMMANDS = {"pack", "plan", "annotate", "inspect", "verify", "train", "evaluate", "run", "report", "demo"}
+COMMANDS = {"pack", "plan", "annotate", "inspect", "verify", "calibrate", "select", "leaks"}
+COMMANDS |= {"train", "evaluate", "run", "report", "demo"}
 
 
 # --- help

@@ -30,7 +30,9 @@ def _select(name: str) -> Any:
 @command
 def calibrate(
     store: Annotated[str, typer.Argument(help="a store with labeled shards annotated into it, too")],
-    out: Annotated[str, typer.Option(metavar="FILE", help="JSON file to make, which select and train take")],
+    out: Annotated[
+        str | None, typer.Option(metavar="FILE", help="JSON file to make, which select and train take [none]")
+    ] = None,
     method: Annotated[str | None, setting_option(CalibrateSettings, "method")] = None,
     prior: Annotated[str | None, setting_option(CalibrateSettings, "prior")] = None,
     evidence: Evidence = None,
