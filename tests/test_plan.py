@@ -20,9 +20,9 @@ from pseudolabel.annotate import annotate
 from pseudolabel.demo import bundled, pack_bundled
 from pseudolabel.engines.local import LocalEngine
 from pseudolabel.errors import DamagedShard, ShardListError, SpecError, StoreMismatch
+from pseudolabel.estimates import effective, makespan, mean_interval, t_quantile, wilson
 from pseudolabel.plan import EncodingPlan, Plan, plan, recommend
 from pseudolabel.plan.census import draw, take_census
-from pseudolabel.plan.estimates import effective, makespan, mean_interval, t_quantile, wilson
 from pseudolabel.plan.probe import doubling
 from pseudolabel.settings import AnnotateSettings
 from pseudolabel.shard_lists import list_shards

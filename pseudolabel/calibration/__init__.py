@@ -5,7 +5,7 @@
 
 A calibration maps the logits z of a store to z/τ (temperature scaling) or w·z + b (vector scaling; Guo et al. 2017,
 arXiv:1706.04599, §4.2), and may shift them by a prior correction. Stored logits are known up to a constant of their
-row, so for the vector z is the log-probability. What is stored stays as it is.
+row, so for the vector z is the log-probability. What is stored stays as it is. Reading one needs no torch.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from pseudolabel import storage
 from pseudolabel.errors import CalibrationError, StoreMismatch
 from pseudolabel.interfaces import Encoding
 from pseudolabel.labels.store import Store
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FORMAT_VERSION = 1
 
@@ -72,7 +72,7 @@ class Calibration:
             logits_BC = logits_BC * logits_BC.new_tensor(self.weight) + logits_BC.new_tensor(self.bias)
         if self.shift is not None:
             logits_BC = logits_BC + logits_BC.new_tensor(self.shift)
-        return torch.log_softmax(logits_BC / temperature, dim=-1)
+        return (logits_BC / temperature).log_softmax(dim=-1)
 
     def check(self, store: Store) -> None:
         """Raise `StoreMismatch` if it is of another store."""

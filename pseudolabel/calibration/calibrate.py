@@ -22,11 +22,12 @@ from torch import Tensor
 
 from pseudolabel import storage
 from pseudolabel.calibration import Calibration
-from pseudolabel.calibration.evidence import FOLDS, Evidence, clean_rows, labeled_evidence
+from pseudolabel.calibration.evidence import FOLDS, Evidence, labeled_evidence
 from pseudolabel.calibration.fit import fit
 from pseudolabel.calibration.metrics import measure
 from pseudolabel.errors import CalibrationError, OutputExists
 from pseudolabel.labels.encodings import parse_encoding
+from pseudolabel.labels.rows import clean_rows
 from pseudolabel.labels.store import Store, open_store
 from pseudolabel.settings import CalibrateSettings
 

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from pseudolabel.calibration import Calibration
-from pseudolabel.errors import CalibrationError, LabelError, StoreError
+from pseudolabel.errors import CalibrationError, StoreError
 from pseudolabel.interfaces import Encoding
+from pseudolabel.labels.rows import check_labels, clean_rows
 from pseudolabel.labels.store import Store
 
 FOLDS = 5
@@ -95,22 +96,6 @@ def labeled_parts(store: Store, shards: Sequence[str] | None) -> Iterator[str]:
         label = store.read_columns(shard, ["label"])["label"]
         if label.null_count < len(label):
             yield shard
-
-
-def clean_rows(table: pa.Table) -> pa.Table:
-    """Those of view 0."""
-    return table.filter(pc.equal(table["view"], 0))
-
-
-def check_labels(store: Store, shard: str, table: pa.Table) -> None:
-    """Raise `LabelError` for a label that is none of the teacher's classes."""
-    wrong = pc.or_(pc.less(table["label"], 0), pc.greater_equal(table["label"], store.identity.num_classes))
-    if pc.any(wrong).as_py():
-        first = table.filter(wrong)["label"][0].as_py()
-        raise LabelError(
-            f"{store.part_path(shard)}: a sample has label {first}, the teacher has {store.identity.num_classes} "
-            "classes (from 0); these labels are of another label space"
-        )
 
 
 def _thinned(tables: Sequence[pa.Table]) -> pa.Table:

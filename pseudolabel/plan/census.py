@@ -21,7 +21,7 @@ from itertools import accumulate
 
 from pseudolabel import storage
 from pseudolabel.errors import DamagedShard, StorageError
-from pseudolabel.plan.estimates import mean_interval
+from pseudolabel.estimates import mean_interval
 from pseudolabel.shard_lists import Shard
 from pseudolabel.shards import ShardFile
 

@@ -21,12 +21,12 @@ from typing import Any
 import pyarrow as pa
 import torch
 
+from pseudolabel.estimates import effective, wilson
 from pseudolabel.interfaces import Encoding
 from pseudolabel.labels import schema
 from pseudolabel.labels.encodings import parse_encoding
 from pseudolabel.labels.facts import divergence, fidelity
 from pseudolabel.labels.tensors import to_arrow, to_torch
-from pseudolabel.plan.estimates import effective, wilson
 from pseudolabel.plan.probe import Labeled
 from pseudolabel.views.draw import row_seeds
 

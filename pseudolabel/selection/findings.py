@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from pseudolabel.estimates import wilson
 from pseudolabel.labels.store import Store
-from pseudolabel.plan.estimates import wilson
 from pseudolabel.selection.rules import exact_sum, filters
 from pseudolabel.settings import SelectSettings
 

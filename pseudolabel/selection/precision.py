@@ -109,6 +109,9 @@ def upper_tail(right: int, rows: int, probability: float) -> float:
 
 
 def _log_factorials(numbers: NDArray[np.int64]) -> NDArray[np.float64]:
-    import torch
-
-    return torch.lgamma(torch.from_numpy(numbers).double() + 1).numpy()
+    """Of consecutive whole numbers, ascending or descending."""
+    least = int(numbers.min())
+    steps = np.log(np.maximum(np.arange(least, int(numbers.max()) + 1), 1), dtype=np.float64)
+    steps[0] = math.lgamma(least + 1)
+    found = np.cumsum(steps)
+    return found if numbers[0] == least else found[::-1]

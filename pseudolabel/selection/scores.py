@@ -3,8 +3,9 @@
     scores(part, index, pred, confidence, entropy, margin, disagreement, label, excluded)
 
 One row a sample, that of its clean view; `part` counts the shards by name. Without a calibration the columns are those
-that annotate stored, and nothing else is read. With one they are computed from the logits. `disagreement` of an
-ensemble is the Jensen–Shannon divergence of its members, in nats: the entropy of their mean less their mean entropy.
+that annotate stored, nothing else is read, and torch is not loaded. With one they are computed from the logits.
+`disagreement` of an ensemble is the Jensen–Shannon divergence of its members, in nats: the entropy of their mean less
+their mean entropy.
 """
 
 from __future__ import annotations
@@ -18,18 +19,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
-import torch
-from torch import Tensor
 
 from pseudolabel.calibration import Calibration
-from pseudolabel.calibration.evidence import check_labels, clean_rows
 from pseudolabel.errors import SelectionError
 from pseudolabel.interfaces import Encoding
-from pseudolabel.labels.encodings import parse_encoding
-from pseudolabel.labels.facts import summarize
+from pseudolabel.labels.rows import check_labels, clean_rows
 from pseudolabel.labels.store import Store
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from pseudolabel.database import Connection
 
 SCHEMA = pa.schema(
@@ -71,6 +70,8 @@ class Scoring:
 
     @cached_property
     def _encoding(self) -> Encoding:
+        from pseudolabel.labels.encodings import parse_encoding
+
         return parse_encoding(self.store.identity.encoding)
 
     @cached_property
@@ -95,6 +96,8 @@ class Scoring:
         if self.calibration is None:
             columns |= {name: table[name] for name in _STORED}
         else:
+            from pseudolabel.labels.facts import summarize
+
             tensors = self._encoding.tensors(table, self._classes)
             log_probs_BC = self.calibration.log_probs(self._encoding, tensors, self._classes)
             columns |= {name: pa.array(one.numpy()) for name, one in summarize(log_probs_BC).items()}
@@ -109,6 +112,8 @@ class Scoring:
         return self.store.identity.num_classes
 
     def _disagreement(self, table: pa.Table) -> Tensor:
+        import torch
+
         probs, entropies = [], []
         for member in self._members:
             own = table.select(list(member.values())).rename_columns(list(member))
@@ -163,5 +168,7 @@ def _insert(connection: Connection, tables: Sequence[pa.Table]) -> None:
 
 
 def _entropy(probs_BC: Tensor) -> Tensor:
-    terms_BC: Tensor = torch.special.entr(probs_BC)
+    from torch.special import entr
+
+    terms_BC: Tensor = entr(probs_BC)
     return terms_BC.sum(dim=-1)
