@@ -7,7 +7,8 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import Cli, make_model
+from commands import Invoke
+from conftest import make_model
 
 from pseudolabel.annotate import annotate
 from pseudolabel.demo import bundled, pack_bundled
@@ -104,10 +105,11 @@ def test_nonsense_is_refused(corpus: Path, tmp_path: Path, teacher_dir: Path, sp
     assert not (tmp_path / "store").exists()
 
 
-def test_the_command_says_what_was_chosen(corpus: Path, wide_teacher: Path, cli: Cli) -> None:
-    found, err = cli(
-        "annotate", corpus / "unlabeled", "--teacher", f"checkpoint:{wide_teacher}", "--encoding", "auto:0.01",
-        "--out", "store", "--device", "cpu", "--workers", 2,
-    )  # fmt: skip
+def test_the_command_says_what_was_chosen(corpus: Path, tmp_path: Path, wide_teacher: Path, invoke: Invoke) -> None:
+    how = ("--encoding", "auto:0.01", "--device", "cpu", "--workers", 1, "--json")
+    teacher = ("--teacher", f"checkpoint:{wide_teacher}")
+    code, out, err = invoke("annotate", corpus / "unlabeled", *teacher, "--out", tmp_path / "store", *how)
+    found = json.loads(out)
+    assert code == 0
     assert re.search(rf"^encoding +{found['encoding']}$", err, re.MULTILINE)
     assert found["encoding"].startswith("topk:")

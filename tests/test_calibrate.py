@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from commands import Invoke, Refuse
-from conftest import Cli
 from stores import add_part, known, write_store
 from torchmetrics.classification import MulticlassCalibrationError
 
@@ -228,9 +227,11 @@ def test_a_calibrated_temperature_is_the_encodings_own(tmp_path: Path) -> None:
         assert torch.equal(found, encoding.full_log_probs(columns, 3.0, 30))
 
 
-def test_the_command(tmp_path: Path, cli: Cli, invoke: Invoke, refuse: Refuse) -> None:
+def test_the_command(tmp_path: Path, invoke: Invoke, refuse: Refuse) -> None:
     write_store(tmp_path / "store", {"val": known(300, 4, 0, overconfident=2.0)})
-    found, err = cli("calibrate", "store", "--out", "c.json")
+    code, out, err = invoke("calibrate", tmp_path / "store", "--out", tmp_path / "c.json", "--json")
+    found = json.loads(out)
+    assert code == 0
     assert found["after"]["ece"] < found["before"]["ece"]
     assert found["temperature"] == read_calibration(tmp_path / "c.json").temperature
     for shown in ("before", "calibrated", "ece", "confidence → accuracy", "300 of 300 with a label"):

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Cli, make_model
+from commands import HERE, SMALL, Invoke
+from conftest import make_model
 from stores import known
 
 from pseudolabel.annotate import annotate
@@ -196,12 +197,16 @@ def test_a_recipes_rounds_calibrate_and_select(
     assert _weights(tmp_path / "run" / "round-2" / "student") == weights
 
 
-def test_the_commands_together(corpus: Path, tmp_path: Path, cli: Cli) -> None:
+def test_the_commands_together(corpus: Path, tmp_path: Path, invoke: Invoke) -> None:
     store = _store(corpus, tmp_path)
     calibration = Calibration(store.fingerprint, 1.3)
     (tmp_path / "c.json").write_text(json.dumps(calibration.to_json()))
-    chosen, _ = cli("select", "store", "--out", "s", "--calibration", "c.json", "--top-per-class", 6)
-    data = ("--unlabeled", corpus / "unlabeled", "--labels", "store", "--selection", "s", "--calibration", "c.json")
-    small = ("--student", "small:resnet8?width=4", "--image-size", 12, "--channels", 1, "--device", "cpu")
-    found, _ = cli("train", "--out", "run", *data, *small, "--epochs", 3, "--batch-size", 8, "--tail", "uniform")
+    trust = ("--calibration", tmp_path / "c.json")
+    code, out, _ = invoke("select", tmp_path / "store", "--out", tmp_path / "s", *trust, "--top-per-class", 6, "--json")
+    chosen = json.loads(out)
+    data = ("--unlabeled", corpus / "unlabeled", "--labels", tmp_path / "store", "--selection", tmp_path / "s", *trust)
+    how = (*SMALL, *HERE, "--workers", 0, "--epochs", 3, "--batch-size", 8, "--tail", "uniform", "--json")
+    code, out, _ = invoke("train", "--out", tmp_path / "run", *data, *how)
+    found = json.loads(out)
+    assert code == 0
     assert found["steps"] == max(1, round(3 * chosen["selected"] / 8))
