@@ -14,9 +14,12 @@ import pytest
 import torch
 from commands import Invoke, Refuse
 from conftest import Cli
+from object_stores import Bucket
 from stores import add_part, known, write_store
 from torch import Tensor
 
+from pseudolabel import storage
+from pseudolabel.calibration import read_calibration
 from pseudolabel.calibration.calibrate import calibrate
 from pseudolabel.duplicates.ledger import Leak, Leaks, write_leaks
 from pseudolabel.errors import OutputExists, SelectionError, StoreError, StoreMismatch
@@ -299,6 +302,54 @@ def test_a_selection_is_not_overwritten_and_another_one_leaves_no_trace(store: S
     (tmp_path / "store" / "parts" / "u-1.parquet").unlink()
     select(store, tmp_path / "s", overwrite=True)
     assert sorted(path.name for path in (tmp_path / "s" / "parts").iterdir()) == ["u-0.parquet", "val.parquet"]
+
+
+def test_at_a_url_it_is_the_same(store: Store, tmp_path: Path, bucket: Bucket) -> None:
+    """Store, calibration and selection in an object storage give the bytes that they give on a disk."""
+    for path in (tmp_path / "store").rglob("*.*"):
+        place = storage.location(f"{bucket.url}/store/{path.relative_to(tmp_path / 'store')}")
+        storage.write_atomic(place, path.read_bytes())
+    for root in (str(tmp_path), bucket.url):
+        calibrate(f"{root}/store", f"{root}/c.json")
+        rules = SelectSettings(top_per_class=9)
+        select(f"{root}/store", f"{root}/s", rules, calibration=read_calibration(f"{root}/c.json"))
+        with pytest.raises(OutputExists, match="--overwrite"):
+            select(f"{root}/store", f"{root}/s")
+        with pytest.raises(OutputExists, match="which is not of a selection"):
+            select(f"{root}/store", f"{root}/store", overwrite=True)
+    for name in ("c.json", "s/selection.json", "s/parts/u-0.parquet", "s/parts/val.parquet"):
+        assert storage.location(f"{bucket.url}/{name}").read_bytes() == (tmp_path / name).read_bytes()
+
+
+def test_what_is_no_selection_is_never_written_over(store: Store, tmp_path: Path) -> None:
+    """The parts of a store have the names that a selection's would have: `--out store` lost all labels."""
+    before = {path: path.read_bytes() for path in (tmp_path / "store").rglob("*.*")}
+    for overwrite in (False, True):
+        with pytest.raises(OutputExists, match=r"store: holds '.*', which is not of a selection"):
+            select(store, tmp_path / "store", overwrite=overwrite)
+    assert {path: path.read_bytes() for path in (tmp_path / "store").rglob("*.*")} == before
+    (tmp_path / "mine" / "parts").mkdir(parents=True)
+    (tmp_path / "mine" / "parts" / "u-9.parquet").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    for name in ("mine", "file"):
+        with pytest.raises(OutputExists):
+            select(store, tmp_path / name, overwrite=True)
+    assert (tmp_path / "mine" / "parts" / "u-9.parquet").read_text() == "mine"
+
+
+def test_a_selection_that_was_killed_is_made_again(store: Store, tmp_path: Path) -> None:
+    select(store, tmp_path / "whole", SelectSettings(min_confidence=0.8))
+    select(store, tmp_path / "s")
+    (tmp_path / "s" / "begun.json").write_text("{}")
+    (tmp_path / "s" / "parts" / "mine.parquet").write_text("mine")
+    (tmp_path / "s" / "selection.json").unlink()  # as killed while it was being replaced
+    with pytest.raises(SelectionError, match="no selection here"):
+        open_selection(tmp_path / "s")
+    select(store, tmp_path / "s", SelectSettings(min_confidence=0.8))
+    for path in (tmp_path / "whole").rglob("*.*"):
+        assert (tmp_path / "s" / path.relative_to(tmp_path / "whole")).read_bytes() == path.read_bytes()
+    assert not (tmp_path / "s" / "begun.json").exists()
+    assert (tmp_path / "s" / "parts" / "mine.parquet").read_text() == "mine"
 
 
 def test_an_edited_or_foreign_selection_is_refused(store: Store, tmp_path: Path) -> None:

@@ -14,17 +14,20 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from pseudolabel import storage
-from pseudolabel.errors import SelectionError, StoreMismatch
+from pseudolabel.errors import DamagedPart, OutputExists, SelectionError, StoreError, StoreMismatch
 from pseudolabel.labels import schema
 from pseudolabel.labels.store import Store
 from pseudolabel.storage import Location
 
 FORMAT_VERSION = 1
+_BEGUN = "begun.json"  # a selection that is being written: what lies beside it is ours
+_OWN = {"selection.json", _BEGUN, "parts"}
 SCHEMA = pa.schema(
     [
         pa.field("index", pa.int32(), nullable=False),
@@ -92,6 +95,14 @@ def open_selection(root: str | os.PathLike[str]) -> Selection:
         raise SelectionError(f"{path}: can't be read ({error}); select anew") from error
 
 
+def _is_ours(path: Location) -> bool:
+    """Whether a file is a part of some selection."""
+    try:
+        return path.name.endswith(".parquet") and "selection" in schema.read_metadata(path)
+    except (DamagedPart, StoreError):
+        return False
+
+
 def fingerprint(facts: Mapping[str, Any]) -> str:
     """SHA-256 of all facts but itself, as canonical JSON."""
     others = {name: value for name, value in facts.items() if name != "fingerprint"}
@@ -102,6 +113,22 @@ def part_path(root: Location, shard: str) -> Location:
     return root / "parts" / f"{shard}.parquet"
 
 
+def check_place(root: Location, *, overwrite: bool) -> None:
+    """Raise `OutputExists` if `root` holds a selection that is not to be overwritten, or anything that is none: the
+    parts of a store have the same names.
+    """
+    if not storage.is_remote(root) and isinstance(root, Path) and root.exists() and not root.is_dir():
+        raise OutputExists(f"{root}: is a file; choose another --out")
+    names = {one.name for one in root.iterdir()} if storage.is_remote(root) or root.exists() else set()
+    strangers = sorted(name for name in names - _OWN if not storage.is_temporary(name))
+    if strangers or ("parts" in names and not names & {_BEGUN, "selection.json"}):
+        raise OutputExists(
+            f"{root}: holds {(strangers or ['parts'])[0]!r}, which is not of a selection; choose another --out"
+        )
+    if "selection.json" in names and not overwrite:
+        raise OutputExists(f"{root}: holds a selection; add --overwrite, or choose another --out")
+
+
 def write_selection(
     root: Location, facts: Mapping[str, Any], parts: Iterator[tuple[str, pa.Table]], sha256: Mapping[str, str]
 ) -> Selection:
@@ -110,6 +137,7 @@ def write_selection(
     """
     facts = {"format_version": FORMAT_VERSION, "kind": "selection", **facts}
     facts["fingerprint"] = fingerprint(facts)
+    storage.write_atomic(root / _BEGUN, json.dumps({"fingerprint": facts["fingerprint"]}) + "\n")
     storage.discard(root / "selection.json")
     names = set()
     for shard, table in parts:
@@ -118,7 +146,8 @@ def write_selection(
         schema.write_sealed(part_path(root, shard), table, metadata)
         names.add(f"{shard}.parquet")
     for stale in storage.entries(root / "parts"):
-        if stale.name.endswith(".parquet") and stale.name not in names:
+        if stale.name not in names and _is_ours(root / "parts" / stale.name):
             storage.discard(root / "parts" / stale.name)
     storage.write_atomic(root / "selection.json", json.dumps(facts, indent=1) + "\n")
+    storage.discard(root / _BEGUN)
     return Selection(root, facts)

@@ -22,10 +22,10 @@ import pyarrow as pa
 from pseudolabel import storage
 from pseudolabel.calibration import Calibration
 from pseudolabel.database import scratch_database, table_of
-from pseudolabel.errors import OutputExists, SelectionError, StoreError
+from pseudolabel.errors import SelectionError, StoreError
 from pseudolabel.labels.footers import read_footers
 from pseudolabel.labels.store import Store, open_store
-from pseudolabel.selection import Selection, write_selection
+from pseudolabel.selection import Selection, check_place, write_selection
 from pseudolabel.selection.exclusion import Exclusion, excluded_positions, recorded
 from pseudolabel.selection.findings import findings, why_nothing
 from pseudolabel.selection.manifest import manifest_parts
@@ -92,13 +92,12 @@ def select(
     Raises:
         SelectionError: nothing is left, or no threshold reaches the target.
         StoreMismatch: the calibration is of another store.
-        OutputExists: `out` holds a selection, and is not to be overwritten.
+        OutputExists: `out` holds a selection and is not to be overwritten, or something else.
     """
     started = time.monotonic()
     settings = settings or SelectSettings()
     root = storage.location(out)
-    if (root / "selection.json").exists() and not overwrite:
-        raise OutputExists(f"{root}: holds a selection; add --overwrite, or choose another --out")
+    check_place(root, overwrite=overwrite)
     store = store if isinstance(store, Store) else open_store(store)
     _check_calibration(calibration, store, settings)
     footers = read_footers(store)
