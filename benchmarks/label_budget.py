@@ -1,6 +1,6 @@
 """Bytes a row against what they cost: KL, and the accuracy of a student that learns from the labels and nothing else.
 
-    python benchmarks/label_budget.py [--quick] [--json] [--images DIR] [--steps N] [--seeds N]
+    python benchmarks/label_budget.py [--quick] [--json] [--images DIR] [--steps N] [--seeds N] [--classes C]
 
 Two tasks, of the images in DIR (Fashion-MNIST's four IDX files; the bundled 12,500 + 3,500 if not given):
 
@@ -147,6 +147,7 @@ def main() -> None:
     parser.add_argument("--images", type=Path, default=bundled("data/fashion-mnist"), help="directory of IDX files")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--classes", type=int, choices=list(ENCODINGS), help="one of the tasks alone")
     arguments = parser.parse_args()
     steps, seeds = (10, 1) if arguments.quick else (arguments.steps, arguments.seeds)
     report = setup.Report("label budget", {"steps": steps, "seeds": seeds, "temperature": TEMPERATURE})
@@ -156,6 +157,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         scratch = Path(directory)
         for num_classes, (data, teacher, settings) in prepare(arguments.images, scratch).items():
+            if arguments.classes not in (None, num_classes):
+                continue
             for encoding in QUICK if arguments.quick else ENCODINGS[num_classes]:
                 store = scratch / f"store-{num_classes}-{encoding.replace(':', '-')}"
                 asked = AnnotateSettings(encoding=encoding, precision="fp32")

@@ -91,7 +91,7 @@ def main() -> None:
         report.settings["images"] = len(label_N)
         report.settings["teacher's accuracy"] = f"{float((logits_NC.argmax(-1) == label_N).double().mean()):.4f}"
         report.settings["possible"] = f"{possible(logits_NC, label_N, arguments.target):.3f}"
-        for certainty in (0.5, 0.8, 0.95):
+        for certainty in (0.8, 0.95):
             for calibrated in (False, True):
                 settings = SelectSettings(target_precision=arguments.target, certainty=certainty)
                 found = [
