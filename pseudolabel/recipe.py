@@ -130,15 +130,17 @@ def _override(tables: dict[str, Any], text: str) -> None:
 def _explain(kind: type[BaseModel], error: dict[str, Any]) -> str:
     added = _UNION_TAGS if error["type"] != "extra_forbidden" else ()
     path = [str(part) for part in error["loc"] if part not in added]
-    name = ".".join(path) or "recipe"
+    name = ".".join(path)
     if error["type"] == "extra_forbidden":
         known = _fields_at(kind, path[:-1])
         return f"unknown key {name!r}{specs.nearest(path[-1], known)}; known are {', '.join(known)}"
     if error["type"] == "missing":
         return f"{name!r} is missing"
     message = _MESSAGES.get(error["type"], str(error["msg"]).removeprefix("Value error, "))
-    return f"{name}: {message}" + (
-        "" if isinstance(error["input"], dict) else f" (it is {json.dumps(error['input'], default=str)})"
+    return (
+        (f"{name}: " if name else "")
+        + message
+        + ("" if isinstance(error["input"], dict) else f" (it is {json.dumps(error['input'], default=str)})")
     )
 
 

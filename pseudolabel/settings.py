@@ -103,7 +103,9 @@ class SelectSettings(Settings):
     )
     certainty: float = Field(0.95, gt=0, lt=1, description="how certain the target precision is to be reached")
     per_class: bool = Field(False, description="a threshold for each predicted class instead of one for all")
-    top_per_class: int | None = Field(None, ge=1, description="the K most confident of each predicted class")
+    top_per_class: int | None = Field(
+        None, ge=1, lt=1 << 62, description="the K most confident of each predicted class"
+    )
     balance: int | Literal["mean"] | None = Field(
         None, description="rows a class counts for: more are cut to the most confident, fewer weigh more; or mean"
     )
@@ -118,7 +120,7 @@ class SelectSettings(Settings):
     def _fitting(self) -> SelectSettings:
         if self.per_class and self.target_precision is None:
             raise ValueError("per_class is about target_precision, which isn't given")
-        if isinstance(self.balance, int) and self.balance < 1:
+        if isinstance(self.balance, int) and not 1 <= self.balance < 1 << 62:
             raise ValueError("balance must be a number of rows from 1, or mean")
         return self
 

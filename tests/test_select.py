@@ -304,6 +304,15 @@ def test_a_selection_is_not_overwritten_and_another_one_leaves_no_trace(store: S
     assert sorted(path.name for path in (tmp_path / "s" / "parts").iterdir()) == ["u-0.parquet", "val.parquet"]
 
 
+def test_limits_beyond_all_rows_keep_all(store: Store, tmp_path: Path) -> None:
+    """DuckDB's own limits: a million values of an aggregate, and float32."""
+    for number, settings in enumerate(({"top_per_class": 10**6}, {"balance": 10**15}, {"max_entropy": 1e300})):
+        chosen, _ = _select(store, tmp_path / f"s{number}", **settings)
+        assert len(chosen) == 500
+    few = _select(store, tmp_path / "few", top_per_class=3)[0]
+    assert len(few) == 15
+
+
 def test_at_a_url_it_is_the_same(store: Store, tmp_path: Path, bucket: Bucket) -> None:
     """Store, calibration and selection in an object storage give the bytes that they give on a disk."""
     for path in (tmp_path / "store").rglob("*.*"):

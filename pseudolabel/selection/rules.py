@@ -23,13 +23,15 @@ _LIMITS = {
     "max_entropy": "entropy <= ",
     "max_disagreement": "disagreement <= ",
 }
+_LARGEST = 3e38  # of a float32, nearly
+_MOST_KEPT = 999_999  # values that DuckDB's max(value, n) keeps
 _ORDER = "confidence desc, entropy, part, index"
 
 
 def filters(settings: SelectSettings) -> str:
     """What a row must be like, as SQL. Limits are compared as the columns are kept, in float32."""
     given = {name: getattr(settings, name) for name in _LIMITS}
-    parts = [f"{_LIMITS[name]}{float(value)!r}::float" for name, value in given.items() if value is not None]
+    parts = [f"{_LIMITS[name]}{min(value, _LARGEST)!r}::float" for name, value in given.items() if value is not None]
     return " and ".join(parts) or "true"
 
 
@@ -62,7 +64,7 @@ def choose(connection: Connection, settings: SelectSettings, num_classes: int) -
     if most is None:
         connection.execute("create view ranked as select * from candidates")
     else:
-        least = f"list_min(max(confidence, {most}))"  # rows below are dropped before any sorting
+        least = f"list_min(max(confidence, {most}))" if most <= _MOST_KEPT else "0::float"  # drops rows before sorting
         connection.execute(f"create table cuts as select pred, {least} as least from candidates group by pred")
         connection.execute(
             "create table ranked as select c.* from candidates c join cuts using (pred) where c.confidence >= least "
