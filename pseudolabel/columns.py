@@ -32,7 +32,7 @@ def parquet_columns(path: Path) -> dict[str, list[Any] | Any]:
     import pyarrow.parquet as pq
 
     try:
-        table = pq.read_table(path)
+        table = pq.read_table(path.absolute())
     except (OSError, pa.ArrowException) as error:
         raise SourceError(f"{path}: can't be read as Parquet: {str(error).splitlines()[0]}") from error
     return {name: table[name] for name in table.column_names}

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import image_bytes, make_model
+from stores import known, write_store
 
 from pseudolabel import storage
 from pseudolabel.errors import DamagedPart, StorageError, StoreError, StoreMismatch
@@ -280,3 +281,13 @@ def test_of_two_makers_of_a_store_one_wins(tmp_path: Path) -> None:
     assert not storage.write_new(tmp_path / "s" / "store.json", "two")
     assert (tmp_path / "s" / "store.json").read_text() == "one"
     assert [path.name for path in (tmp_path / "s").iterdir()] == ["store.json"]
+
+
+def test_a_relative_path_may_hold_a_colon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """pyarrow takes `store-topk:5/parts/x.parquet` for a URL."""
+    monkeypatch.chdir(tmp_path)
+    logits, labels = known(20, 8, 0)
+    made = write_store(Path("store-topk:5"), {"shard": (logits, labels)}, encoding="topk:5")
+    assert made.read("shard")["label"].to_pylist() == labels
+    assert made.read_columns("shard", ["label"])["label"].to_pylist() == labels
+    assert summarize_store("store-topk:5").rows == 20

@@ -97,7 +97,7 @@ def write_sealed(path: Location, table: pa.Table, metadata: Mapping[str, Any]) -
     text = json.dumps({**metadata, _SEAL_KEY: _UNSEALED}, sort_keys=True, separators=(",", ":"))
     with storage.atomic_file(path) as temporary:
         with pq.ParquetWriter(
-            temporary,
+            temporary.absolute(),  # or else pyarrow takes what is before a colon for a URL's scheme
             table.schema,
             compression="zstd",
             compression_level=1,
@@ -191,7 +191,7 @@ def _open(path: Location, size: int | None = None) -> Path | pa.PythonFile:
         return pa.PythonFile(storage.RangedFile(path, size), mode="r")
     if not path.is_file():
         raise StoreError(f"{path}: no such file; annotate this shard")
-    return path
+    return path.absolute()
 
 
 def _metadata(path: Location, footer: pq.FileMetaData) -> dict[str, Any]:
