@@ -163,8 +163,11 @@ def test_nothing_is_overwritten_without_being_asked(tmp_path: Path) -> None:
     path.write_text("mine")
     with pytest.raises(OutputExists, match="--overwrite"):
         calibrate(store, path)
+    with pytest.raises(OutputExists, match="is no calibration, so it isn't overwritten"):
+        calibrate(store, path, overwrite=True)
     assert path.read_text() == "mine"
-    calibrate(store, path, overwrite=True)
+    path.unlink()
+    calibrate(store, path)
     first = path.read_bytes()
     calibrate(store, path, overwrite=True)
     assert path.read_bytes() == first

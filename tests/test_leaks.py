@@ -204,7 +204,11 @@ def test_what_is_there_stays(planted: Path) -> None:
     (planted / "kept").write_text("mine")
     with pytest.raises(OutputExists, match="--overwrite"):
         search(planted, "kept")
+    with pytest.raises(OutputExists, match="holds no leaks, so it isn't overwritten"):
+        search(planted, "kept", overwrite=True)
     assert (planted / "kept").read_text() == "mine"
+    (planted / "kept").unlink()
+    search(planted, "kept")
     search(planted, "kept", overwrite=True)
     assert len(read_leaks(planted / "kept").excluded) == 3
 
