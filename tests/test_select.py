@@ -304,6 +304,24 @@ def test_a_selection_is_not_overwritten_and_another_one_leaves_no_trace(store: S
     assert sorted(path.name for path in (tmp_path / "s" / "parts").iterdir()) == ["u-0.parquet", "val.parquet"]
 
 
+def test_all_labeled_rows_that_pass_are_checked(tmp_path: Path) -> None:
+    """Without a cut none is left out, though no selected row is as unsure: it were the wrong ones that went."""
+    sure = known(50, 3, 0, scale=20.0)[0]
+    store = write_store(tmp_path / "store", {"u": (sure, [None] * 50), "val": known(400, 3, 1, scale=1.0)})
+    result = select(store, tmp_path / "s")
+    part = store.read("val")
+    right = part["pred"].to_numpy() == part["label"].to_numpy()
+    assert result.checked == 400
+    share = [one.selected / 50 for one in result.classes]
+    of_class = [right[part["pred"].to_numpy() == number].mean() for number in range(3)]
+    assert result.estimated_precision == pytest.approx(
+        sum(a * b for a, b in zip(share, of_class, strict=True)), abs=1e-5
+    )
+    assert select(store, tmp_path / "cut", SelectSettings(top_per_class=2)).checked < 200
+    with pytest.raises(SelectionError, match="no row of the 1 shards named as evidence carries a label"):
+        select(store, tmp_path / "x", evidence=["u"])
+
+
 def test_limits_beyond_all_rows_keep_all(store: Store, tmp_path: Path) -> None:
     """DuckDB's own limits: a million values of an aggregate, and float32."""
     for number, settings in enumerate(({"top_per_class": 10**6}, {"balance": 10**15}, {"max_entropy": 1e300})):

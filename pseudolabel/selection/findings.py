@@ -56,17 +56,19 @@ def findings(connection: Connection, settings: SelectSettings, store: Store) -> 
         "selected": sum(count for count, _, _ in by_class.values()),
         "excluded_rows": excluded,
         "labeled_rows": labeled,
-        **_worth(connection, settings),
+        **_worth(connection),
         "classes": classes,
     }
 
 
-def _worth(connection: Connection, settings: SelectSettings) -> dict[str, Any]:
+def _worth(connection: Connection) -> dict[str, Any]:
+    """Of a class that was cut to its most confident rows, the evidence is cut at the same confidence."""
     found = connection.execute(
-        "with cut as (select pred, min(confidence) least, count(*) n from chosen group by pred) "
-        "select n, count(e.pred), count(e.pred) filter (e.pred = e.label) from cut left join "
-        f"(select * from evidence where {filters(settings)}) e on e.pred = cut.pred and e.confidence >= least "
-        "group by cut.pred, n order by cut.pred"
+        "with kept as (select pred, min(confidence) least, count(*) n from chosen group by pred), "
+        "offered as (select pred, count(*) n from candidates group by pred), "
+        "cut as (select pred, k.n, if(k.n < o.n, least, 0) as least from kept k join offered o using (pred)) "
+        "select n, count(e.pred), count(e.pred) filter (e.pred = e.label) from cut left join passing e "
+        "on e.pred = cut.pred and e.confidence >= cut.least group by cut.pred, n order by cut.pred"
     ).fetchall()
     checked, right = sum(seen for _, seen, _ in found), sum(hits for _, _, hits in found)
     if not checked:

@@ -38,8 +38,8 @@ def filters(settings: SelectSettings) -> str:
 def mark_candidates(
     connection: Connection, settings: SelectSettings, thresholds: Mapping[int, float] | float | None
 ) -> int:
-    """Make the view `candidates`; `thresholds` are of all rows, or by class (others have no candidates). Returns how
-    many there are.
+    """Make the views `candidates` and `passing`, the evidence that fares as they do; `thresholds` are of all rows, or
+    by class (others have no candidates). Returns how many candidates there are.
     """
     among = "true" if settings.include_labeled else "label is null"
     reached = "true"
@@ -47,13 +47,14 @@ def mark_candidates(
         connection.execute("create table thresholds(pred int, least float)")
         if thresholds:
             connection.executemany("insert into thresholds values (?, ?)", [list(pair) for pair in thresholds.items()])
-        reached = "confidence >= (select least from thresholds t where t.pred = scores.pred)"
+        reached = "confidence >= (select least from thresholds t where t.pred = s.pred)"
     elif thresholds is not None:
         reached = f"confidence >= {thresholds!r}::float"
     connection.execute(
-        f"create view candidates as select * from scores where {among} and not excluded and {filters(settings)} "
+        f"create view candidates as select * from scores s where {among} and not excluded and {filters(settings)} "
         f"and {reached}"
     )
+    connection.execute(f"create view passing as select * from evidence s where {filters(settings)} and {reached}")
     return _number(connection, "select count(*) from candidates")
 
 

@@ -109,7 +109,7 @@ def select(
     scoring = Scoring(store, used, settings.max_disagreement is not None)
     with scratch_database() as connection:
         load_scores(connection, scoring, shards, positions)
-        _mark_evidence(connection, shards, evidence)
+        _mark_evidence(connection, store, shards, evidence)
         thresholds = _thresholds(connection, settings, store)
         if not mark_candidates(connection, settings, thresholds):
             raise SelectionError(why_nothing(connection, settings, store))
@@ -152,8 +152,10 @@ def _check_calibration(calibration: Calibration | None, store: Store, settings: 
         )
 
 
-def _mark_evidence(connection: Connection, shards: Sequence[str], evidence: Sequence[str] | None) -> None:
-    """Make the view `evidence`: rows whose label is known and counts."""
+def _mark_evidence(connection: Connection, store: Store, shards: Sequence[str], evidence: Sequence[str] | None) -> None:
+    """Make the view `evidence`: rows whose label is known and counts. Raises `SelectionError` if what was named holds
+    none.
+    """
     chosen = set(shards if evidence is None else evidence)
     connection.register(
         "named", pa.table({"part": pa.array([p for p, s in enumerate(shards) if s in chosen], pa.int32())})
@@ -163,6 +165,10 @@ def _mark_evidence(connection: Connection, shards: Sequence[str], evidence: Sequ
         "create view evidence as select * from scores where label is not null and not excluded "
         "and part in (select part from evidence_parts)"
     )
+    if evidence is not None and not connection.execute("select 1 from evidence limit 1").fetchall():
+        raise SelectionError(
+            f"{store.root}: no row of the {len(chosen)} shards named as evidence carries a label; name labeled shards"
+        )
 
 
 def _thresholds(connection: Connection, settings: SelectSettings, store: Store) -> Thresholds:
