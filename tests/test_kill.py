@@ -22,7 +22,7 @@ from pseudolabel.shards import write_shard
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("scenario", ["annotate", "train", "run"])
-@pytest.mark.parametrize(("moments", "least"), [("commit_steps", 10), ("random", 20)])
+@pytest.mark.parametrize(("moments", "least"), [("commit_steps", 10), ("random", 12)])
 def test_killed_at_every_commit_step_and_at_random_moments(
     scenario: str, moments: str, least: int, corpus: Path
 ) -> None:
