@@ -24,9 +24,10 @@ from pseudolabel.duplicates.search import Others
 from pseudolabel.duplicates.second_look import SIMILARITY
 from pseudolabel.duplicates.work import LookWork, SearchWork, Seen
 from pseudolabel.engines import default_engine
-from pseudolabel.errors import DamagedShard, OutputExists, PseudolabelError, ShardListError, SpecError
+from pseudolabel.errors import DamagedShard, ShardListError, SpecError
 from pseudolabel.interfaces import Engine
 from pseudolabel.labeling import Progress
+from pseudolabel.outputs import check_output
 from pseudolabel.shard_lists import Shard, ShardsLike, as_shards
 
 __all__ = ["Leak", "Leaks", "LeaksResult", "find_leaks", "read_leaks"]
@@ -74,8 +75,7 @@ def find_leaks(
     if not 0 <= distance <= 64:
         raise SpecError(f"--distance {distance}: is a number of bits, from 0 to 64")
     place = storage.location(out)
-    if place.exists():
-        _check_own(place, overwrite=overwrite)
+    check_output(place, overwrite=overwrite, read=read_leaks, what="leaks")
     version = hash_version()
     shards, held_out = _listed(unlabeled), _listed(against)
     engine = engine or default_engine()
@@ -108,16 +108,6 @@ def find_leaks(
         seconds=round(time.monotonic() - started, 3),
         first=tuple(leaks[:_FIRST]),
     )
-
-
-def _check_own(place: storage.Location, *, overwrite: bool) -> None:
-    """Raise `OutputExists` for a file that is not to be overwritten, or that holds no leaks."""
-    if not overwrite:
-        raise OutputExists(f"{place}: is there already; add --overwrite, or choose another --out")
-    try:
-        read_leaks(place)
-    except PseudolabelError as error:
-        raise OutputExists(f"{place}: holds no leaks, so it isn't overwritten; choose another --out") from error
 
 
 def _listed(shards: ShardsLike) -> list[Shard]:

@@ -163,7 +163,7 @@ def test_nothing_is_overwritten_without_being_asked(tmp_path: Path) -> None:
     path.write_text("mine")
     with pytest.raises(OutputExists, match="--overwrite"):
         calibrate(store, path)
-    with pytest.raises(OutputExists, match="is no calibration, so it isn't overwritten"):
+    with pytest.raises(OutputExists, match="holds no calibration, so it isn't overwritten"):
         calibrate(store, path, overwrite=True)
     assert path.read_text() == "mine"
     path.unlink()

@@ -25,10 +25,11 @@ from pseudolabel.calibration import Calibration, read_calibration
 from pseudolabel.calibration.evidence import FOLDS, Evidence, labeled_evidence
 from pseudolabel.calibration.fit import fit
 from pseudolabel.calibration.metrics import measure
-from pseudolabel.errors import CalibrationError, OutputExists
+from pseudolabel.errors import CalibrationError
 from pseudolabel.labels.encodings import parse_encoding
 from pseudolabel.labels.rows import clean_rows
 from pseudolabel.labels.store import Store, open_store
+from pseudolabel.outputs import check_output
 from pseudolabel.settings import CalibrateSettings
 
 _AT_ONCE = 4096  # rows whose probabilities are summed
@@ -71,8 +72,8 @@ def calibrate(
     settings = settings or CalibrateSettings()
     method, prior = settings.method, settings.prior
     path = storage.location(out) if out is not None else None
-    if path is not None and path.exists():
-        _check_own(path, overwrite=overwrite)
+    if path is not None:
+        check_output(path, overwrite=overwrite, read=read_calibration, what="calibration")
     store = store if isinstance(store, Store) else open_store(store)
     encoding = parse_encoding(store.identity.encoding)
     if encoding.draws:
@@ -111,16 +112,6 @@ def calibrate(
         aligned=aligned,
         calibration=found,
     )
-
-
-def _check_own(path: storage.Location, *, overwrite: bool) -> None:
-    """Raise `OutputExists` for a file that is not to be overwritten, or that is no calibration."""
-    if not overwrite:
-        raise OutputExists(f"{path}: is there already; add --overwrite, or choose another --out")
-    try:
-        read_calibration(path)
-    except CalibrationError as error:
-        raise OutputExists(f"{path}: is no calibration, so it isn't overwritten; choose another --out") from error
 
 
 def _measured(
