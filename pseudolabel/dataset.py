@@ -79,10 +79,13 @@ class _OpenShard:
         if source.part is not None:
             assert store is not None
             encoding = parse_encoding(source.part.encoding)
-            names = ["key", "index", "pred", *(field.name for field in encoding.fields(num_classes))]
+            names = ["key", "index", "pred", "confidence", *(field.name for field in encoding.fields(num_classes))]
             part = store.read_view(source.shard.name, names)
             self.positions = join(self.file, part, store.read_rejects(source.shard.name))
-            self.columns = {"pred": to_torch(part["pred"]), **encoding.tensors(part, num_classes)}
+            self.columns = {
+                **{name: to_torch(part[name]) for name in ("pred", "confidence")},
+                **encoding.tensors(part, num_classes),
+            }
             self.columns[_WEIGHT] = torch.ones(len(part))
             if data.selection is not None and not labeled:
                 self._keep(data.selection.read(source.shard.name, source.sha256))

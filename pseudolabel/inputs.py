@@ -79,8 +79,6 @@ def gather(
         raise LabelError("nothing to train on: give --labeled, or --unlabeled with --labels, or both")
     if unlabeled and store is None:
         raise LabelError("unlabeled shards need soft labels: annotate them and pass the store as --labels")
-    if store is not None and not unlabeled:
-        raise LabelError("a store of soft labels needs the shards it was made from: pass them as --unlabeled")
     places = {real_place(shard.path) for shard in unlabeled}
     for shard in labeled:
         if real_place(shard.path) in places:
@@ -103,6 +101,11 @@ def gather(
         soft = [_selected(one, selection) for one in soft]
     if store is not None and checked and all(_is_annotated(one, store) for one in checked):
         checked = check_annotated(labeled, store)
+    elif store is not None and not unlabeled:
+        raise LabelError(
+            f"{store.root}: a store of soft labels needs the shards it was made from: pass them as --unlabeled (or, to "
+            "learn from labels and soft labels of the same images, annotate the --labeled shards into it)"
+        )
     if sum(one.rows for one in (*checked, *soft)) == 0:
         raise LabelError(
             "nothing to train on: the store has no rows for these shards (all were rejected, or none selected)"

@@ -5,7 +5,7 @@
     Loss      how far a student's logits are from soft targets, row by row
     Engine    where work runs: it maps a function over items, in this process or in many
 
-The verbs (`annotate`, `train`, `evaluate`) see only these; `teachers/`, `labels/`, `losses.py` and
+The verbs (`annotate`, `train`, `evaluate`) see only these; `teachers/`, `labels/`, `losses/` and
 `engines/` implement them.
 
 Shape suffixes: B batch, C classes, K kept classes, M compared classes (C, or K + 1 with the tail as a bucket),
@@ -15,7 +15,8 @@ H and W pixels, N rows of a shard.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -90,6 +91,11 @@ class Encoding(Protocol):
         ...
 
     @property
+    def sparse(self) -> bool:
+        """Whether it leaves classes out."""
+        ...
+
+    @property
     def draws(self) -> bool:
         """Whether what it keeps is drawn at random: then classes that weren't drawn have no probability."""
         ...
@@ -137,21 +143,56 @@ class Encoding(Protocol):
 class SoftTargets(Protocol):
     """Stored soft labels of a batch, as a loss sees them."""
 
-    @property
-    def pred_B(self) -> Tensor:
-        """The teacher's class, int64."""
+    def pred(self, num_classes: int) -> Tensor:
+        """The teacher's class (B,), int64."""
         ...
 
-    def log_probs(self, student_logits_BC: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """Teacher's and student's log-probabilities at this temperature over the same M outcomes, both (B, M)."""
+    def confidence(self, num_classes: int) -> Tensor:
+        """The probability of that class at temperature 1, (B,)."""
         ...
+
+    def log_probs(
+        self, student_logits_BC: Tensor, temperature: float, *, student_temperature: float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Teacher's and student's log-probabilities over the same M outcomes, both (B, M), at this temperature or the
+        student's at one of its own.
+        """
+        ...
+
+    def all_log_probs(self, temperature: float, num_classes: int) -> Tensor:
+        """The teacher's log-probabilities of all classes (B, C); those that a sparse label leaves out share what is
+        left.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class LossNeeds:
+    """What a loss asks of soft labels. `classes`: the least number of classes. `outcomes`: whether it compares whatever
+    the encoding gives, one probability a class, or all logits. `draws`: whether a random sample of classes will do.
+    `target`: whether it takes a class apart, the label's or the teacher's. `temperature`: whether it has a part in it.
+    `standardizes`: whether logits may be z-scores.
+    """
+
+    classes: int = 2
+    outcomes: Literal["any", "classes", "logits"] = "any"
+    draws: bool = False
+    target: bool = False
+    temperature: bool = True
+    standardizes: bool = False
 
 
 class Loss(Protocol):
-    """A distillation loss, row by row."""
+    """A distillation loss, row by row. Its fields are its parameters."""
 
-    def __call__(self, student_logits_BC: Tensor, targets: SoftTargets, temperature: float) -> Tensor:
-        """Returns (B,), scaled so that its gradient doesn't shrink with the temperature."""
+    needs: ClassVar[LossNeeds]
+
+    def __call__(
+        self, student_logits_BC: Tensor, targets: SoftTargets, temperature: float, labels_B: Tensor | None = None
+    ) -> Tensor:
+        """Returns (B,), scaled so that its gradient doesn't shrink with the temperature. `labels_B` are the rows'
+        own labels, for losses that need them.
+        """
         ...
 
 

@@ -87,7 +87,7 @@ class TrainingLoop:
         self._average = make_average(self.body, settings.ema) if settings.ema else None
         self._optimizer = make_optimizer(self.body, settings)
         self._scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
-        self._mixture = Mixture(settings.alpha, settings.temperature, settings.loss)
+        self._mixture = Mixture(settings.alpha, settings.temperature, settings.loss, settings.standardize)
         self._calibration = data.calibration
         self._batches = TrainingBatches(
             data,

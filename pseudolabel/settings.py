@@ -153,11 +153,14 @@ class TrainSettings(Settings):
     )
     batch_size: int = Field(256, ge=2, description="rows per step, labeled and pseudo-labeled together")
     labeled_fraction: Fraction = Field(0.125, description="share of labeled rows in a batch")
-    loss: Literal["kd", "hard"] = Field(
-        "kd", description="kd: KL to the soft labels; hard: CE with the teacher's class"
+    loss: str = Field(
+        "kd",
+        description="loss of the soft labels: kd, hard, dkd, nkd, dist, wttm, jsd or mse, with parameters as in "
+        "hard?threshold=0.9",
     )
     alpha: Fraction = Field(0.9, description="weight of the soft labels against the labels")
     temperature: float = Field(2.0, ge=0.01, le=1000.0, description="temperature of the soft labels")
+    standardize: bool = Field(False, description="compare the z-scores of both sides' logits, with kd, dkd or jsd")
     tail: Literal["bucket", "uniform"] = Field(
         "bucket",
         description="of labels that leave classes out: these as one outcome, or each with an even part of what is left",

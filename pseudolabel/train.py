@@ -30,6 +30,7 @@ from pseudolabel.label_space import check_names
 from pseudolabel.labels.encodings import parse_encoding
 from pseudolabel.labels.store import Store, open_store
 from pseudolabel.loop import TrainingLoop, TrainProgress
+from pseudolabel.losses import SoftLabels, check_loss, parse_loss
 from pseudolabel.rundir import RunDirectory
 from pseudolabel.selection import Selection, open_selection
 from pseudolabel.settings import TrainSettings
@@ -98,9 +99,9 @@ def train(
     card = ModelCard(settings.student, names, preprocessing_of(settings))
     check_names(val, names)
     validation = Validation(val, card.preprocessing, len(names), device, team) if val else None
-    if store is not None and settings.loss != "hard":
-        encoding = parse_encoding(store.identity.encoding)
-        encoding.check_temperature(settings.temperature * (calibration.temperature if calibration is not None else 1.0))
+    parse_loss(settings.loss)
+    if store is not None:
+        check_loss(settings.loss, _soft_labels(settings, data, store))
     if store is not None and settings.alpha == 0 and settings.labeled_fraction == 0:
         raise LabelError("alpha 0 leaves out the soft labels and labeled fraction 0 the labels: nothing to learn from")
     steps = _number_of_steps(settings, data)
@@ -151,6 +152,19 @@ def preprocessing_of(settings: TrainSettings) -> Preprocessing:
         dataclasses.replace(made, resize=round(settings.input_size / 0.875))
         if settings.augment.crop == "resized"
         else made
+    )
+
+
+def _soft_labels(settings: TrainSettings, data: TrainingData, store: Store) -> SoftLabels:
+    """What the loss will see of the store."""
+    mapped = data.calibration
+    return SoftLabels(
+        parse_encoding(store.identity.encoding),
+        data.num_classes,
+        settings.temperature * (mapped.temperature if mapped is not None else 1.0),
+        settings.tail if mapped is None or mapped.is_temperature else "uniform",
+        settings.standardize,
+        unlabeled=bool(data.unlabeled),
     )
 
 

@@ -60,6 +60,12 @@ def train(
     loss: Annotated[str | None, train_option("loss")] = None,
     alpha: Annotated[float | None, train_option("alpha")] = None,
     temperature: Annotated[float | None, train_option("temperature")] = None,
+    standardize: Annotated[
+        bool | None,
+        typer.Option(
+            "--standardize", help="compare the z-scores of both sides' logits, with kd, dkd or jsd", show_default=False
+        ),
+    ] = None,
     tail: Annotated[str | None, train_option("tail")] = None,
     optimizer: Annotated[str | None, train_option("optimizer")] = None,
     lr: Annotated[float | None, train_option("lr")] = None,
@@ -93,7 +99,9 @@ def train(
     given = {name: value for name, value in locals().items() if value is not None}
     world = world_from_environment()
     settings = train_settings(recipe, given)
-    idle = [name for name in ("loss", "alpha", "temperature", "tail", "labeled_fraction") if name in given]
+    idle = [
+        name for name in ("loss", "alpha", "temperature", "standardize", "tail", "labeled_fraction") if name in given
+    ]
     if labels is None and idle and world.first:
         print(f"note: without --labels, {', '.join(idle)} have no effect", file=sys.stderr)
     if workers != 0:

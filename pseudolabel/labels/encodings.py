@@ -43,6 +43,7 @@ class Dense:
     """All C logits as float16."""
 
     name: str = "dense"
+    sparse: bool = False
     draws: bool = False
     temperatures: tuple[float, ...] = TEMPERATURES
 
@@ -75,6 +76,7 @@ class Dense8:
     """All C logits as 8 bits, spread evenly over the row's range."""
 
     name: str = "dense8"
+    sparse: bool = False
     draws: bool = False
     temperatures: tuple[float, ...] = TEMPERATURES
 
@@ -113,6 +115,7 @@ class TopK:
     """The `kept` largest logits with their classes, lse, and the tail's mean and variance."""
 
     kept: int
+    sparse: bool = True
     draws: bool = False
     temperatures: tuple[float, ...] = TEMPERATURES
 

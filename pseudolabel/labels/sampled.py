@@ -37,6 +37,7 @@ class Sampled:
 
     count: int
     temperature: float = 1.0
+    sparse: bool = True
     draws: bool = True
 
     @property

@@ -46,22 +46,32 @@ class StoredTargets:
     def __len__(self) -> int:
         return len(self.columns["pred"])
 
-    @property
-    def pred_B(self) -> Tensor:
-        return self.columns["pred"].long()
+    def pred(self, num_classes: int) -> Tensor:
+        if self.calibration is None or self.calibration.is_temperature:
+            return self.columns["pred"].long()
+        return self.all_log_probs(1.0, num_classes).argmax(dim=-1)
 
-    def log_probs(self, student_logits_BC: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    def confidence(self, num_classes: int) -> Tensor:
+        if self.calibration is None:
+            return self.columns["confidence"]
+        return self.all_log_probs(1.0, num_classes).amax(dim=-1).exp()
+
+    def log_probs(
+        self, student_logits_BC: Tensor, temperature: float, *, student_temperature: float | None = None
+    ) -> tuple[Tensor, Tensor]:
         wide_BC = student_logits_BC if student_logits_BC.dtype == torch.float64 else student_logits_BC.float()
-        student_BC = torch.log_softmax(wide_BC / temperature, dim=-1)
+        student_BC = torch.log_softmax(wide_BC / (student_temperature or temperature), dim=-1)
         mapped = self.calibration
         if self.tail == "uniform" or (mapped is not None and not mapped.is_temperature):
-            num_classes = student_BC.shape[-1]
-            if mapped is None:
-                return self.encoding.full_log_probs(self.columns, temperature, num_classes), student_BC
-            return mapped.log_probs(self.encoding, self.columns, num_classes, temperature), student_BC
+            return self.all_log_probs(temperature, student_BC.shape[-1]), student_BC
         if mapped is not None:
             temperature *= mapped.temperature
         return self.encoding.log_probs(self.columns, student_BC, temperature)
+
+    def all_log_probs(self, temperature: float, num_classes: int) -> Tensor:
+        if self.calibration is None:
+            return self.encoding.full_log_probs(self.columns, temperature, num_classes)
+        return self.calibration.log_probs(self.encoding, self.columns, num_classes, temperature)
 
     def read_as(self, tail: str, calibration: Calibrated | None = None) -> StoredTargets:
         """The same targets, compared in another way."""
