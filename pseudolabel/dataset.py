@@ -6,33 +6,25 @@ undisturbed one would have seen. Each row is augmented from a seed of its own, s
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms import v2
 
-from pseudolabel.errors import LabelError, PseudolabelError, SelectionError
-from pseudolabel.inputs import TrainingData, TrainingShard, join, read_label
+from pseudolabel.errors import PseudolabelError
+from pseudolabel.image_cache import CacheMode, ImageCache, Stream, keep_images
+from pseudolabel.inputs import TrainingData
 from pseudolabel.labels.encodings import parse_encoding
 from pseudolabel.labels.targets import StoredTargets
-from pseudolabel.labels.tensors import to_torch
-from pseudolabel.losses import NO_LABEL
-from pseudolabel.order import WINDOW_SHARDS, RowOrder, derive_seeds
+from pseudolabel.order import derive_seeds
+from pseudolabel.replay import open_replay
 from pseudolabel.settings import AugmentSettings
-from pseudolabel.shards import Fetcher, ShardFile
-from pseudolabel.storage import is_remote
-from pseudolabel.views.image import Preprocessing, UndecodableImage, decode, image_field, to_channels
+from pseudolabel.student_views import VIEW_COLUMNS, Augmented, Replayed
+from pseudolabel.training_rows import WEIGHT, Rows
+from pseudolabel.views.image import Preprocessing
 from pseudolabel.world import ALONE, World
-
-_OPEN_SHARDS = 2 * WINDOW_SHARDS
-_WEIGHT = "weight"  # beside a row's stored columns
 
 
 @dataclass(frozen=True)
@@ -57,6 +49,33 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
+    def parts(self, count: int) -> Iterator[Batch]:
+        """The batch in so many parts, each with its share of the labeled and of the soft rows; as large as they are
+        few. The numbers of rows stay the whole batch's, so that the parts' losses add up to its loss.
+        """
+        rows, soft = len(self.labels_B), 0 if self.targets is None else len(self.targets)
+        first = rows - soft
+        for part in range(min(count, rows)):
+            share = World(part, count)
+            own = [*share.share(first), *(first + row for row in share.share(soft, first))]
+            rows_N = torch.tensor(own, device=self.labels_B.device)
+            yield self._taken(rows_N, rows_N[rows_N >= first] - first)
+
+    def partners(self, partner_B: Tensor) -> Batch:
+        """The batch with the labels and soft labels of these rows, its pixels as they are."""
+        soft = 0 if self.targets is None else len(self.targets)
+        first = len(self.labels_B) - soft
+        return replace(self._taken(partner_B, partner_B[first:] - first), pixels_BCHW=self.pixels_BCHW)
+
+    def _taken(self, rows_N: Tensor, soft_N: Tensor) -> Batch:
+        return replace(
+            self,
+            pixels_BCHW=self.pixels_BCHW[rows_N],
+            labels_B=self.labels_B[rows_N],
+            targets=self.targets.map(lambda column: column[soft_N]) if self.targets is not None else None,
+            soft_weight_B=self.soft_weight_B[soft_N] if self.soft_weight_B is not None else None,
+        )
+
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         return Batch(
             change(self.pixels_BCHW),
@@ -66,100 +85,6 @@ class Batch:
             self.num_labeled,
             self.num_soft,
         )
-
-
-class _OpenShard:
-    """A shard open for training: where its rows lie, their labels and soft labels."""
-
-    def __init__(self, source: TrainingShard, data: TrainingData, *, labeled: bool) -> None:
-        self.file, store, num_classes = ShardFile(source.shard), data.store, data.num_classes
-        source.check_same(self.file)
-        self.positions: Sequence[int] = range(len(self.file))
-        self.columns: dict[str, Tensor] = {}
-        if source.part is not None:
-            assert store is not None
-            encoding = parse_encoding(source.part.encoding)
-            names = ["key", "index", "pred", "confidence", *(field.name for field in encoding.fields(num_classes))]
-            part = store.read_view(source.shard.name, names)
-            self.positions = join(self.file, part, store.read_rejects(source.shard.name))
-            self.columns = {
-                **{name: to_torch(part[name]) for name in ("pred", "confidence")},
-                **encoding.tensors(part, num_classes),
-            }
-            self.columns[_WEIGHT] = torch.ones(len(part))
-            if data.selection is not None and not labeled:
-                self._keep(data.selection.read(source.shard.name, source.sha256))
-        labels = [read_label(self.file, index, num_classes) if labeled else NO_LABEL for index in self.positions]
-        self.labels = torch.tensor(labels, dtype=torch.int64)
-
-    def _keep(self, selected: pa.Table) -> None:
-        """Only the rows that are selected, with their weights. Raises `SelectionError`."""
-        clean = selected.filter(pc.equal(selected["view"], 0))
-        places = {position: row for row, position in enumerate(self.positions)}
-        try:
-            rows = [places[position] for position in clean["index"].to_pylist()]
-        except KeyError as error:
-            raise SelectionError(
-                f"{self.file.shard.where}: sample {error} is selected but has no soft label; select anew"
-            ) from error
-        self.positions = [self.positions[row] for row in rows]
-        self.columns = {name: column[torch.tensor(rows, dtype=torch.long)] for name, column in self.columns.items()}
-        self.columns[_WEIGHT] = to_torch(clean["weight"])
-
-    def image(self, row: int, prepare: Callable[[Tensor], Tensor]) -> Tensor:
-        position = self.positions[row]
-        try:
-            return prepare(decode(self.file.read(position, image_field(self.file.field_names(position)))))
-        except UndecodableImage as error:
-            raise LabelError(
-                f"{self.file.shard.where}: training sample {self.file.keys[position]!r} can't be "
-                f"decoded: {error}; remove or replace it"
-            ) from error
-
-
-class _Rows:
-    """Rows of many shards, opened as they are needed, the least recently used closed."""
-
-    def __init__(self, sources: Sequence[TrainingShard], data: TrainingData, *, labeled: bool, seed: int) -> None:
-        self._sources, self._data, self._labeled = sources, data, labeled
-        self._order = RowOrder([source.rows for source in sources], seed)
-        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
-        self._remote = any(is_remote(source.shard.path) for source in sources)
-        self._fetcher, self._windows = Fetcher(), list[list[int]]()
-
-    def take(
-        self, start: int, count: int, mine: range, prepare: Callable[[Tensor], Tensor]
-    ) -> tuple[list[Tensor], Tensor, dict[str, Tensor]]:
-        """Of `count` rows of the order those that are `mine`: prepared images, labels (N,) and the stored columns,
-        each (N, …).
-        """
-        pairs = self._order.rows(start, count)
-        if self._remote and (windows := self._order.windows_from(start)) != self._windows:
-            self._windows = windows
-            self._fetcher.ask([[self._sources[shard].shard for shard in window] for window in windows])
-        if not mine:
-            opened = self._get(int(pairs[0, 0]))
-            return [], opened.labels[:0], {name: values[:0] for name, values in opened.columns.items()}
-        pairs = pairs[mine.start :: mine.step]
-        images = [self._get(shard).image(row, prepare) for shard, row in pairs.tolist()]
-        order = pairs[:, 0].argsort(kind="stable")  # shard by shard, then back into place
-        shards, starts = np.unique(pairs[order, 0], return_index=True)
-        pieces: dict[str, list[Tensor]] = {}
-        for shard, rows in zip(shards.tolist(), np.split(pairs[order, 1], starts[1:]), strict=True):
-            opened = self._get(shard)
-            for name, values in {"label": opened.labels, **opened.columns}.items():
-                pieces.setdefault(name, []).append(values[torch.from_numpy(rows)])
-        back = torch.from_numpy(order.argsort())
-        columns = {name: torch.cat(found)[back] for name, found in pieces.items()}
-        labels = columns.pop("label")
-        return images, labels, columns
-
-    def _get(self, shard: int) -> _OpenShard:
-        opened = self._open.pop(shard, None) or _OpenShard(self._sources[shard], self._data, labeled=self._labeled)
-        self._open[shard] = opened
-        while len(self._open) > _OPEN_SHARDS:
-            self._open.popitem(last=False)[1].file.close()
-        return opened
 
 
 class TrainingBatches(Dataset[Batch]):
@@ -181,58 +106,83 @@ class TrainingBatches(Dataset[Batch]):
         steps: int,
         world: World = ALONE,
     ) -> None:
-        self._data, self._preprocessing, self._seed, self._steps = data, preprocessing, seed, steps
-        self._world = world
-        self._augment, self._resized = make_augment(augment, preprocessing), augment.crop == "resized"
+        self._data, self._seed, self._steps, self._world = data, seed, steps, world
+        self._empty = torch.empty(0, preprocessing.channels, preprocessing.crop, preprocessing.crop, dtype=torch.uint8)
         self.num_labeled, self.num_pseudo = split_batch(
             batch_size, labeled_fraction, has_labeled=bool(data.labeled), has_pseudo=bool(data.unlabeled)
         )
-        self._streams: list[tuple[_Rows, int]] | None = None
+        own = Augmented(augment, preprocessing)
+        seen = _replayed(data, preprocessing) if data.replay and self.num_pseudo else own
+        kinds = [(data.labeled, True, own, self.num_labeled), (data.unlabeled, False, seen, self.num_pseudo)]
+        self._streams = [
+            (
+                Stream(sources, labeled, presentation, uses=steps * count / max(sum(one.rows for one in sources), 1)),
+                count,
+            )
+            for sources, labeled, presentation, count in kinds
+            if count
+        ]
+        self._kept: list[ImageCache | None] = [None] * len(self._streams)
+        self._rows: list[Rows] | None = None
 
     def __len__(self) -> int:
         return self._steps
 
+    def keep_images(self, mode: CacheMode, *, workers: int, on_note: Callable[[str], None]) -> None:
+        """Decode once what fits in memory, before the first batch; `workers` loader processes share it. Raises as
+        `image_cache.keep_images`.
+        """
+        streams = [stream for stream, _ in self._streams]
+        processes = self._world.local_size
+        self._kept = keep_images(streams, self._data, mode, workers=workers, processes=processes, on_note=on_note)
+
     def __getitem__(self, step: int) -> Batch:
-        taken, seeds, before = [], [], 0
-        row_seeds = derive_seeds(self.num_labeled + self.num_pseudo, self._seed, 3, step)
-        for stream, count in self._open():
+        pixels: list[Tensor] = []
+        labels: list[Tensor] = []
+        soft: list[tuple[dict[str, Tensor], int]] = []
+        before = 0
+        seed_B = torch.tensor(derive_seeds(self.num_labeled + self.num_pseudo, self._seed, 3, step))
+        for rows, (stream, count) in zip(self._open(), self._streams, strict=True):
             mine = self._world.share(count, before)
-            taken.append(stream.take(step * count, count, mine, self._prepare))
-            seeds += row_seeds[before : before + count][mine.start :: mine.step]
+            taken = rows.take(step * count, count, mine)
+            own_B = seed_B[before : before + count][mine.start :: mine.step]
+            pixels.append(stream.presentation.present(taken.images, own_B, taken.columns) if mine else self._empty)
+            labels.append(taken.labels_N)
+            if taken.columns:
+                soft.append(({n: c for n, c in taken.columns.items() if n not in VIEW_COLUMNS}, count))
             before += count
-        images = [image for found, _, _ in taken for image in found]
-        with torch.random.fork_rng(devices=[]):
-            pixels_BCHW = torch.stack([self._augmented(*pair) for pair in zip(images, seeds, strict=True)])
-        labels_B = torch.cat([labels for _, labels, _ in taken])
-        soft = [(columns, count) for (_, _, columns), (_, count) in zip(taken, self._open(), strict=True) if columns]
+        pixels_BCHW, labels_B = torch.cat(pixels), torch.cat(labels)
         if not soft:
             return Batch(pixels_BCHW, labels_B, None, None, self.num_labeled, 0)
         assert self._data.store is not None
         encoding = parse_encoding(self._data.store.identity.encoding)
         columns = {name: torch.cat([columns[name] for columns, _ in soft]) for name in soft[0][0]}
-        weight_B, num_soft = columns.pop(_WEIGHT), sum(count for _, count in soft)
+        weight_B, num_soft = columns.pop(WEIGHT), sum(count for _, count in soft)
         return Batch(pixels_BCHW, labels_B, StoredTargets(encoding, columns), weight_B, self.num_labeled, num_soft)
 
-    def _augmented(self, image_CHW: Tensor, seed: int) -> Tensor:
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed takes a hundred times as long
-        augmented: Tensor = self._augment(image_CHW)
-        return augmented
-
-    def _open(self) -> list[tuple[_Rows, int]]:
-        """The streams of rows that batches are made of, and how many rows each gives."""
-        if self._streams is None:
-            kinds = [(self._data.labeled, True, 1, self.num_labeled), (self._data.unlabeled, False, 2, self.num_pseudo)]
-            self._streams = [
-                (_Rows(sources, self._data, labeled=labeled, seed=derive_seeds(1, self._seed, number)[0]), count)
-                for sources, labeled, number, count in kinds
-                if count
+    def _open(self) -> list[Rows]:
+        """The rows that each stream's part of a batch is taken from."""
+        if self._rows is None:
+            self._rows = [
+                Rows(
+                    stream.sources,
+                    self._data,
+                    stream.presentation,
+                    labeled=stream.labeled,
+                    seed=derive_seeds(1, self._seed, 1 if stream.labeled else 2)[0],
+                    kept=kept,
+                )
+                for (stream, _), kept in zip(self._streams, self._kept, strict=True)
             ]
-        return self._streams
+        return self._rows
 
-    def _prepare(self, image_CHW: Tensor) -> Tensor:
-        if self._resized:
-            return to_channels(image_CHW, self._preprocessing.channels)
-        return self._preprocessing.prepare(image_CHW)
+
+def _replayed(data: TrainingData, preprocessing: Preprocessing) -> Replayed:
+    """The store's own views at the student's size. Other library versions make pixels that differ by a level: it is
+    warned of that.
+    """
+    assert data.store is not None
+    return Replayed(open_replay(data.store.identity, preprocessing, other_versions="warn"))
 
 
 class CarriedErrors(Dataset["Batch | PseudolabelError"]):
@@ -259,20 +209,3 @@ def split_batch(batch_size: int, labeled_fraction: float, *, has_labeled: bool, 
         return 0, batch_size
     labeled = min(max(round(batch_size * labeled_fraction), 1), batch_size - 1)
     return (labeled, batch_size - labeled) if batch_size > 1 else (0, 1)
-
-
-def make_augment(settings: AugmentSettings, preprocessing: Preprocessing) -> v2.Transform:
-    """The training view of an image that is prepared already (`crop="resized"`: decoded only), uint8 in and out."""
-    size = preprocessing.crop
-    steps: list[torch.nn.Module] = []
-    if settings.crop == "pad":
-        steps.append(v2.RandomCrop(size, padding=max(size // 8, 1)))
-    elif settings.crop == "resized":
-        steps.append(v2.RandomResizedCrop(size, scale=(0.25, 1.0), antialias=True))
-    if settings.flip:
-        steps.append(v2.RandomHorizontalFlip())
-    if settings.randaugment:
-        steps.append(v2.RandAugment(magnitude=settings.randaugment))
-    if settings.erasing:
-        steps.append(v2.RandomErasing(settings.erasing, scale=(0.02, 0.2)))
-    return v2.Compose(steps or [torch.nn.Identity()])

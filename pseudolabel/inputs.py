@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from pseudolabel.calibration import Calibration
 from pseudolabel.class_numbers import MAX_CLASSES, read_class
@@ -25,13 +27,16 @@ from pseudolabel.shards import ShardFile
 
 @dataclass(frozen=True)
 class TrainingShard:
-    """A shard as training uses it: which samples, and its content's hash. `part` is set if soft labels are joined."""
+    """A shard as training uses it: which samples, and its content's hash. `part` is set if soft labels are joined,
+    `labels_N` (int64) for labeled shards: a class a row.
+    """
 
     shard: Shard
     sha256: str
     rows: int
     part: PartInfo | None = None
     version: tuple[int, ...] = ()
+    labels_N: NDArray[np.int64] | None = field(default=None, compare=False, repr=False)
 
     def check_same(self, opened: ShardFile) -> None:
         """Raise `StoreMismatch` if the file that is opened now isn't the one that was checked."""
@@ -46,7 +51,9 @@ class TrainingShard:
 class TrainingData:
     """Where batches come from. `store` holds the soft labels of `unlabeled`, and those of `labeled` if these were
     annotated too; of `unlabeled` only what `selection` holds counts, if there is one. `calibration` says how the
-    store's logits are to be read.
+    store's logits are to be read. With `replay`, the unlabeled rows are seen in that many of the store's augmented
+    views, one after the other; else, and always the labeled, in the clean one. `balanced`: every class of the labeled
+    rows comes up equally often.
     """
 
     labeled: Sequence[TrainingShard]
@@ -55,6 +62,13 @@ class TrainingData:
     num_classes: int
     selection: Selection | None = None
     calibration: Calibration | None = None
+    replay: int = 0
+    balanced: bool = False
+
+    def label_counts(self) -> NDArray[np.int64]:
+        """Labeled rows of each class, (C,)."""
+        found = [one.labels_N for one in self.labeled if one.labels_N is not None]
+        return np.bincount(np.concatenate(found) if found else np.empty(0, np.int64), minlength=self.num_classes)
 
 
 def gather(
@@ -100,7 +114,7 @@ def gather(
         selection.check(store)
         soft = [_selected(one, selection) for one in soft]
     if store is not None and checked and all(_is_annotated(one, store) for one in checked):
-        checked = check_annotated(labeled, store)
+        checked = _with_labels(check_annotated(labeled, store), checked, store)
     elif store is not None and not unlabeled:
         raise LabelError(
             f"{store.root}: a store of soft labels needs the shards it was made from: pass them as --unlabeled (or, to "
@@ -117,6 +131,18 @@ def gather(
         )
     names = tuple(classes) if classes is not None else tuple(str(index) for index in range(bound))
     return TrainingData(checked, soft, store, bound, selection, calibration), names
+
+
+def _with_labels(
+    annotated: Sequence[TrainingShard], checked: Sequence[TrainingShard], store: Store
+) -> list[TrainingShard]:
+    """Annotated shards with their labels, those of samples that were rejected left out."""
+    found = []
+    for one, labeled in zip(annotated, checked, strict=True):
+        assert labeled.labels_N is not None
+        rejected = store.read_rejects(one.shard.name)["index"].to_numpy()
+        found.append(replace(one, labels_N=np.delete(labeled.labels_N, rejected)))
+    return found
 
 
 def _selected(shard: TrainingShard, selection: Selection) -> TrainingShard:
@@ -156,14 +182,14 @@ def check_labeled(shards: Sequence[Shard], num_classes: int | None) -> tuple[lis
     `DamagedShard`.
     """
 
-    def check(shard: Shard) -> tuple[TrainingShard, int]:
+    def check(shard: Shard) -> TrainingShard:
         with ShardFile(shard) as opened:
-            largest = max(read_label(opened, index, num_classes) for index in range(len(opened)))
-            return TrainingShard(shard, opened.sha256(), len(opened), version=opened.version), largest
+            labels_N = np.array([read_label(opened, index, num_classes) for index in range(len(opened))], np.int64)
+            return TrainingShard(shard, opened.sha256(), len(opened), version=opened.version, labels_N=labels_N)
 
     with ThreadPoolExecutor(2) as pool:
         found = list(pool.map(check, shards))
-    return [one for one, _ in found], 1 + max(largest for _, largest in found)
+    return found, 1 + max(int(one.labels_N.max()) for one in found if one.labels_N is not None)
 
 
 def check_annotated(shards: Sequence[Shard], store: Store) -> list[TrainingShard]:

@@ -34,14 +34,14 @@ class RowOrder:
         self._permuted: OrderedDict[tuple[int, int], NDArray[np.int64]] = OrderedDict()
 
     def rows(self, start: int, count: int) -> NDArray[np.int64]:
-        """Pairs `start` to `start + count` of the sequence, shape (count, 2)."""
+        """Rows `start` to `start + count` of the sequence, shape (count, 3): shard, row in the shard, epoch."""
         found = []
         while count > 0:
             epoch, offset = divmod(start, self.rows_per_epoch)
             window = self._window_at(epoch, offset)
             begin = offset - self._starts[window]
             piece = self._permutation(epoch, window)[begin : begin + count]
-            found.append(piece)
+            found.append(np.column_stack([piece, np.full(len(piece), epoch)]))
             start += len(piece)
             count -= len(piece)
         return np.concatenate(found)
@@ -88,6 +88,37 @@ class RowOrder:
             while len(self._permuted) > _KEPT_WINDOWS:
                 self._permuted.popitem(last=False)
         return kept
+
+
+class BalancedOrder:
+    """An endless sequence in which every class comes up once in as many rows as there are classes, in an order drawn
+    anew each time, and each class's rows in a `RowOrder` of their own.
+
+    `labels` are those of each shard's rows. All shards are in use at once: meant for a labeled set.
+    """
+
+    def __init__(self, labels: Sequence[NDArray[np.int64]], seed: int) -> None:
+        classes = np.unique(np.concatenate(labels))
+        self._rows = [[np.flatnonzero(one == number) for one in labels] for number in classes]
+        self._orders = [
+            RowOrder([len(rows) for rows in of_class], derive_seeds(1, seed, int(number) + 1)[0])
+            for number, of_class in zip(classes, self._rows, strict=True)
+        ]
+        self._seed = seed
+
+    def rows(self, start: int, count: int) -> NDArray[np.int64]:
+        """As `RowOrder.rows`; the epoch is that of the row's class."""
+        found = np.empty((count, 3), dtype=np.int64)
+        for place, position in enumerate(range(start, start + count)):
+            turn, within = divmod(position, len(self._orders))
+            drawn = int(np.random.default_rng([self._seed, turn]).permutation(len(self._orders))[within])
+            shard, row, epoch = self._orders[drawn].rows(turn, 1)[0]
+            found[place] = shard, self._rows[drawn][shard][row], epoch
+        return found
+
+    def windows_from(self, start: int) -> list[list[int]]:
+        """All shards: any of them may be next."""
+        return [list(range(len(self._rows[0])))]
 
 
 def derive_seeds(count: int, *numbers: int) -> list[int]:

@@ -21,6 +21,13 @@ def _check_batch_size(value: object) -> object:
     return number
 
 
+def _check_replay(value: object) -> object:
+    number = int(value) if isinstance(value, str) and value.isascii() and value.isdecimal() else value
+    if number not in (None, "all") and (type(number) is not int or number < 1):
+        raise ValueError("must be a number of views from 1, or all")
+    return number
+
+
 class Settings(BaseModel):
     """Frozen; an unknown field is an error, and so are infinity and NaN."""
 
@@ -153,6 +160,10 @@ class TrainSettings(Settings):
     )
     batch_size: int = Field(256, ge=2, description="rows per step, labeled and pseudo-labeled together")
     labeled_fraction: Fraction = Field(0.125, description="share of labeled rows in a batch")
+    label_sampling: Literal["natural", "balanced"] = Field(
+        "natural", description="balanced: every class comes up equally often among the labeled rows"
+    )
+    accumulate: int = Field(1, ge=1, description="parts in which a batch is computed, where it doesn't fit at once")
     loss: str = Field(
         "kd",
         description="loss of the soft labels: kd, hard, dkd, nkd, dist, wttm, jsd or mse, with parameters as in "
@@ -165,6 +176,20 @@ class TrainSettings(Settings):
         "bucket",
         description="of labels that leave classes out: these as one outcome, or each with an even part of what is left",
     )
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of a label spread evenly over all classes")
+    class_weights: str = Field(
+        "none", description="weights of the labels' classes: none, balanced, effective:0.999, or a number for each"
+    )
+    logit_adjustment: float = Field(
+        0.0, ge=0, le=10, description="times the log of the labels' class shares, added to the logits of labeled rows"
+    )
+    replay: Annotated[int | Literal["all"] | None, BeforeValidator(_check_replay)] = Field(
+        None,
+        description="train on the first N augmented views of the store, or all, as the teacher saw them; if not given, "
+        "on the clean one with the student's own augmentation",
+    )
+    mixup: float = Field(0.0, ge=0, le=10, description="blend images in pairs, shares from Beta(a, a); 0 is off")
+    cutmix: float = Field(0.0, ge=0, le=10, description="paste a box of another image, area by Beta(a, a); 0 is off")
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="adamw, or sgd with Nesterov momentum 0.9")
     lr: Positive = Field(2e-3, description="peak learning rate")
     weight_decay: float = Field(0.05, ge=0, description="decoupled for adamw; not applied to norms and biases")
@@ -172,6 +197,7 @@ class TrainSettings(Settings):
     clip_norm: float = Field(5.0, ge=0, description="gradient norm limit, 0 is off")
     ema: float = Field(0.99, ge=0, lt=1, description="decay of the averaged weights that are kept, 0 is off")
     precision: Precision = Field("fp32", description="fp32, or autocast to bf16 or fp16")
+    compile: bool = Field(False, description="compile the student with torch.compile")
     augment: AugmentSettings = AugmentSettings()
     eval_every: int | None = Field(
         None, ge=1, description="steps between validations; a tenth of the steps if not given"

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,8 @@ from pseudolabel.calibration import Calibration, read_calibration
 from pseudolabel.checkpoint import ModelCard, save_model
 from pseudolabel.dataset import TrainingBatches
 from pseudolabel.distributed import Team
-from pseudolabel.errors import LabelError, LaunchError
+from pseudolabel.errors import LabelError, LaunchError, SpecError
+from pseudolabel.image_cache import CacheMode
 from pseudolabel.inputs import TrainingData, TrainingShard, gather
 from pseudolabel.label_space import check_names
 from pseudolabel.labels.encodings import parse_encoding
@@ -41,7 +42,9 @@ from pseudolabel.views.image import Preprocessing, square
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What `train` reports. `val_accuracy` is that of the kept (best) weights; None without a validation set."""
+    """What `train` reports. `val_accuracy` is that of the kept (best) weights; None without a validation set.
+    `profile`, if asked for: milliseconds a step by stage (`step_times.STEP_STAGES`).
+    """
 
     run: str
     steps: int
@@ -49,6 +52,7 @@ class TrainResult:
     val_accuracy: float | None
     best_step: int
     parameters: int
+    profile: Mapping[str, float] | None = None
 
 
 def train(
@@ -69,6 +73,9 @@ def train(
     overwrite: bool = False,
     on_progress: Callable[[TrainProgress], None] | None = None,
     team: Team | None = None,
+    cache: CacheMode = "auto",
+    profile: bool = False,
+    on_note: Callable[[str], None] | None = None,
 ) -> TrainResult:
     """Train a student into the run directory `out`, or go on with the training that was interrupted there.
 
@@ -77,8 +84,9 @@ def train(
     `calibration` the teacher's logits are mapped first. Class names come from `classes`, the store, or the classes.txt
     beside the labeled shards; without any, `num_classes` or the largest label says how many there are. `workers` load
     batches in processes of their own; `threads` of the CPU train (None leaves torch's setting). Neither changes what is
-    learned, but for the last bits that another number of threads may change. Each process of a `team` (see `joined`)
-    calls this with the same arguments but its own device, and gets the same result.
+    learned, but for the last bits that another number of threads may change; nor does `cache`, which keeps decoded
+    images in memory (see `image_cache.keep_images`; `on_note` is told what it takes), nor `profile`. Each process of a
+    `team` (see `joined`) calls this with the same arguments but its own device, and gets the same result.
 
     Raises:
         StoreMismatch: shards differ from what was annotated, the label spaces differ, or the selection or calibration
@@ -96,6 +104,7 @@ def train(
     selection = open_selection(selection) if isinstance(selection, (str, os.PathLike)) else selection
     calibration = read_calibration(calibration) if isinstance(calibration, (str, os.PathLike)) else calibration
     data, names = gather(as_shards(labeled), as_shards(unlabeled), store, classes, num_classes, selection, calibration)
+    data = _as_set(data, settings)
     card = ModelCard(settings.student, names, preprocessing_of(settings))
     check_names(val, names)
     validation = Validation(val, card.preprocessing, len(names), device, team) if val else None
@@ -110,15 +119,30 @@ def train(
     with storage.mirrored(storage.location(out)) as mirror:
         run = RunDirectory(mirror, "train", identity)
         with _threads(threads, device), _claimed(run, team):
-            loop = TrainingLoop(settings, card, data, validation, run, steps, torch.device(device), workers, team)
+            loop = TrainingLoop(
+                settings,
+                card,
+                data,
+                validation,
+                run,
+                steps,
+                torch.device(device),
+                workers,
+                team,
+                cache=cache,
+                profile=profile,
+                on_note=on_note,
+            )
             if (finished := team.from_first(run.start(overwrite=overwrite) if team.world.first else None)) is not None:
                 return TrainResult(**{**finished["result"], "run": storage.shown(os.fspath(out))})
             if team.world.first:
                 run.write_settings(settings.model_dump(mode="json", exclude_none=True))
             best_step, accuracy, earlier = loop.run_to_the_end(on_progress)
-            parameters = sum(parameter.numel() for parameter in loop.body.parameters())
+            parameters = sum(parameter.numel() for parameter in loop.learner.body.parameters())
             seconds = round(earlier + time.monotonic() - started, 3)
-            result = TrainResult(storage.shown(os.fspath(out)), steps, seconds, accuracy, best_step, parameters)
+            profiled = {stage: round(spent, 3) for stage, spent, _ in loop.times.table()} if profile else None
+            place = storage.shown(os.fspath(out))
+            result = TrainResult(place, steps, seconds, accuracy, best_step, parameters, profiled)
             if team.world.first:
                 save_model(run.path, card, loop.best_body())
                 run.finish({"result": dataclasses.asdict(result), "metrics": {"val_accuracy": accuracy}})
@@ -137,11 +161,16 @@ def _claimed(run: RunDirectory, team: Team) -> Iterator[None]:
 
 
 def _check_shares(settings: TrainSettings, team: Team) -> None:
-    """Two rows each, as many as one process needs: batch norms of a single row would fail."""
+    """Two rows at once, as many as one process needs: batch norms of a single row would fail."""
     if settings.batch_size < 2 * team.world.size:
         raise LaunchError(
             f"--batch-size {settings.batch_size} is for all {team.world.size} processes together, and each needs 2 "
             f"rows; make it {2 * team.world.size} or more, or start fewer processes"
+        )
+    if settings.batch_size < 2 * team.world.size * settings.accumulate:
+        raise SpecError(
+            f"--accumulate {settings.accumulate}: --batch-size {settings.batch_size} in so many parts"
+            f"{f', by {team.world.size} processes,' if team.world.size > 1 else ''} leaves fewer than 2 rows for one"
         )
 
 
@@ -153,6 +182,34 @@ def preprocessing_of(settings: TrainSettings) -> Preprocessing:
         if settings.augment.crop == "resized"
         else made
     )
+
+
+def _as_set(data: TrainingData, settings: TrainSettings) -> TrainingData:
+    """The data as the settings want it presented. Raises `SpecError` for what they can't have."""
+    of_labels = {
+        "label_sampling": settings.label_sampling != "natural",
+        "label_smoothing": settings.label_smoothing > 0,
+        "class_weights": settings.class_weights != "none",
+        "logit_adjustment": settings.logit_adjustment > 0,
+    }
+    idle = [f"--{name.replace('_', '-')}" for name, asked in of_labels.items() if asked]
+    if idle and (not data.labeled or (data.unlabeled and settings.labeled_fraction == 0)):
+        raise SpecError(f"{idle[0]}: is about labeled rows, and no labels are trained on; leave it out")
+    return dataclasses.replace(data, replay=_views(data, settings), balanced=settings.label_sampling == "balanced")
+
+
+def _views(data: TrainingData, settings: TrainSettings) -> int:
+    """How many augmented views to replay. Raises `SpecError` if the store hasn't so many."""
+    if settings.replay is None or data.store is None or not data.unlabeled:
+        return 0
+    there = data.store.identity.num_views - 1
+    wanted = there if settings.replay == "all" else settings.replay
+    if not 1 <= wanted <= there:
+        raise SpecError(
+            f"--replay {settings.replay}: {data.store.root} has {there} augmented views of a sample\n"
+            f"annotate with --views {wanted + 1 if wanted else 5} (the clean one counts), or leave --replay out"
+        )
+    return wanted
 
 
 def _soft_labels(settings: TrainSettings, data: TrainingData, store: Store) -> SoftLabels:

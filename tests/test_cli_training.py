@@ -22,7 +22,7 @@ from conftest import Cli, make_model
         (("--temperature", "inf"), "RecipeError", "temperature: .*finite"),
         (("--epochs", "inf"), "RecipeError", "epochs: .*finite"),
         (("--lr", "nan"), "RecipeError", "lr: "),
-        (("--loss", "kdd"), "RecipeError", r"loss: Input should be 'kd' or 'hard' \(it is \"kdd\"\)"),
+        (("--loss", "kdd"), "SpecError", r"no loss 'kdd' \(did you mean 'kd'\?\); known are kd, hard"),
         (("--crop", "centre"), "RecipeError", "augment.crop: Input should be 'pad', 'resized' or 'none'"),
         (("--steps", 3, "--epochs", 1), "RecipeError", "give steps or epochs, not both"),
         (("--steps", 0), "RecipeError", "steps: "),

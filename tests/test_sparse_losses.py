@@ -24,11 +24,12 @@ from pseudolabel.errors import SpecError
 from pseudolabel.interfaces import Encoding
 from pseudolabel.labels.encodings import Dense, Dense8, TopK, parse_encoding
 from pseudolabel.labels.facts import divergence, summarize
-from pseudolabel.labels.sampled import Sampled, uniforms
+from pseudolabel.labels.sampled import Sampled
 from pseudolabel.labels.targets import StoredTargets
 from pseudolabel.losses import Mixture, kd
 from pseudolabel.settings import AnnotateSettings, AugmentSettings, TrainSettings
 from pseudolabel.train import train
+from pseudolabel.uniforms import uniforms
 from pseudolabel.views.draw import row_seeds
 
 CLASSES, KEPT = 40, 5

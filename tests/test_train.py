@@ -17,7 +17,7 @@ from pseudolabel.dataset import TrainingBatches, split_batch
 from pseudolabel.engines.local import LocalEngine
 from pseudolabel.errors import Diverged, LabelError, OutputExists, SpecError, StoreMismatch
 from pseudolabel.evaluate import evaluate
-from pseudolabel.inputs import TrainingData, check_annotated, check_labeled
+from pseudolabel.inputs import TrainingData, check_annotated, check_labeled, gather
 from pseudolabel.labels.encodings import parse_encoding
 from pseudolabel.labels.store import Store, open_store
 from pseudolabel.layout import training_layout
@@ -250,8 +250,7 @@ def test_labeled_shards_in_the_store_take_part_in_both_terms(corpus: Path, tmp_p
     both = [*list_shards(corpus / "labeled"), *list_shards(corpus / "unlabeled")]
     annotate(both, parse_teacher(f"checkpoint:{model}"), tmp_path / "store", engine=LocalEngine("cpu", 1))
     store = open_store(tmp_path / "store")
-    labeled = check_annotated(list_shards(corpus / "labeled"), store)
-    data = TrainingData(labeled, check_annotated(list_shards(corpus / "unlabeled"), store), store, 4)
+    data, _ = gather(list_shards(corpus / "labeled"), list_shards(corpus / "unlabeled"), store)
     batch = TrainingBatches(
         data, square(12, 1), AugmentSettings(), batch_size=8, labeled_fraction=0.5, seed=0, steps=1
     )[0]
@@ -267,9 +266,10 @@ def test_an_epoch_has_every_row_once_and_epochs_differ(sizes: list[int]) -> None
     total = sum(sizes)
     epochs = [order.rows(epoch * total, total) for epoch in range(3)]
     wanted = sorted((shard, row) for shard, size in enumerate(sizes) for row in range(size))
-    assert all(sorted(map(tuple, epoch.tolist())) == wanted for epoch in epochs)
+    assert all(sorted(map(tuple, epoch[:, :2].tolist())) == wanted for epoch in epochs)
+    assert [set(epoch[:, 2].tolist()) for epoch in epochs] == [{0}, {1}, {2}]
     if total > 5:
-        assert epochs[0].tolist() != epochs[1].tolist()
+        assert epochs[0][:, :2].tolist() != epochs[1][:, :2].tolist()
 
 
 def test_any_piece_of_the_order_can_be_had_alone() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Mapping
+from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
@@ -25,6 +26,12 @@ from pseudolabel.display import Display, print_confusion, print_pairs
 from pseudolabel.forkserver import fork_server
 from pseudolabel.settings import AugmentSettings
 from pseudolabel.world import world_from_environment
+
+
+class Cache(StrEnum):
+    auto = "auto"
+    ram = "ram"
+    off = "off"
 
 
 @command
@@ -58,6 +65,10 @@ def train(
     batch_size: Annotated[int | None, train_option("batch_size")] = None,
     labeled_fraction: Annotated[float | None, train_option("labeled_fraction")] = None,
     loss: Annotated[str | None, train_option("loss")] = None,
+    label_sampling: Annotated[str | None, train_option("label_sampling")] = None,
+    label_smoothing: Annotated[float | None, train_option("label_smoothing")] = None,
+    class_weights: Annotated[str | None, train_option("class_weights")] = None,
+    logit_adjustment: Annotated[float | None, train_option("logit_adjustment")] = None,
     alpha: Annotated[float | None, train_option("alpha")] = None,
     temperature: Annotated[float | None, train_option("temperature")] = None,
     standardize: Annotated[
@@ -67,6 +78,10 @@ def train(
         ),
     ] = None,
     tail: Annotated[str | None, train_option("tail")] = None,
+    replay: Annotated[str | None, train_option("replay")] = None,
+    mixup: Annotated[float | None, train_option("mixup")] = None,
+    cutmix: Annotated[float | None, train_option("cutmix")] = None,
+    accumulate: Annotated[int | None, train_option("accumulate")] = None,
     optimizer: Annotated[str | None, train_option("optimizer")] = None,
     lr: Annotated[float | None, train_option("lr")] = None,
     weight_decay: Annotated[float | None, train_option("weight_decay")] = None,
@@ -74,6 +89,9 @@ def train(
     clip_norm: Annotated[float | None, train_option("clip_norm")] = None,
     ema: Annotated[float | None, train_option("ema")] = None,
     precision: Annotated[str | None, train_option("precision")] = None,
+    compile_: Annotated[
+        bool | None, typer.Option("--compile", help="compile the student with torch.compile", show_default=False)
+    ] = None,
     crop: Annotated[str | None, train_option("crop", AugmentSettings)] = None,
     flip: Annotated[
         bool | None,
@@ -90,17 +108,23 @@ def train(
     device: Device = "auto",
     workers: LoaderWorkers = None,
     threads: Threads = None,
+    cache: Annotated[
+        Cache, typer.Option(help="decoded images in memory: auto, if they take a quarter of what is free; ram; off")
+    ] = Cache.auto,
+    profile: Annotated[bool, typer.Option("--profile", help="print where the time of a step goes")] = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> Mapping[str, Any] | None:
     """Train a student from cached soft labels and the labeled set. Run it again to go on where it stopped. Started by
     torchrun, several processes train it together.
     """
-    given = {name: value for name, value in locals().items() if value is not None}
+    given = {name.removesuffix("_"): value for name, value in locals().items() if value is not None}
     world = world_from_environment()
     settings = train_settings(recipe, given)
     idle = [
-        name for name in ("loss", "alpha", "temperature", "standardize", "tail", "labeled_fraction") if name in given
+        name
+        for name in ("loss", "alpha", "temperature", "standardize", "tail", "labeled_fraction", "replay")
+        if name in given
     ]
     if labels is None and idle and world.first:
         print(f"note: without --labels, {', '.join(idle)} have no effect", file=sys.stderr)
@@ -129,14 +153,21 @@ def train(
             num_classes=num_classes,
             overwrite=overwrite,
             on_progress=display.training if world.first else None,
+            on_note=(lambda note: display.say(f"note: {note}")) if world.first else None,
+            cache=cache.value,
+            profile=profile,
             team=team,
             **place,
         )
     if not world.first:
         return None
-    print_pairs(
-        {name: value for name, value in dataclasses.asdict(result).items() if value is not None}, for_people(as_json)
-    )
+    told = {name: value for name, value in dataclasses.asdict(result).items() if value is not None}
+    shares = told.pop("profile", {})
+    print_pairs(told, for_people(as_json))
+    if shares:
+        whole = sum(shares.values())
+        lines = {f"  {stage}": f"{spent:.2f} ms, {spent / whole:.0%}" for stage, spent in shares.items()}
+        print_pairs({"a step": f"{whole:.2f} ms", **lines}, for_people(as_json))
     return dataclasses.asdict(result)
 
 

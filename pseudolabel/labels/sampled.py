@@ -8,8 +8,8 @@ takes a few bytes.
 The draws are made from softmax(z / T) at one temperature T, written behind an `@` if it isn't 1 (`sampled:50@2`).
 They say nothing unbiased of another temperature, so training at another one is refused.
 
-A row's numbers come from a counter and the row's seed by the SplitMix64 finalizer (Steele, Lea, Flood 2014), in 64-bit
-integers alone: the same on every device, in any batch. Row seeds come from the key and the view (views/draw.py).
+A row's numbers follow from a counter and the row's seed (uniforms.py): the same on every device, in any batch. Row
+seeds come from the key and the view (views/draw.py).
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from torch import Tensor
 
 from pseudolabel.errors import SpecError
 from pseudolabel.labels.tensors import PAD, to_torch
+from pseudolabel.uniforms import uniforms
 
 MOST_DRAWS = (1 << 16) - 1
 _SPEC = re.compile(r"([1-9][0-9]{0,4})(?:@([0-9]+(?:\.[0-9]+)?))?")
-_GAMMA, _MIX1, _MIX2 = (number - (1 << 64) for number in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
 @dataclass(frozen=True)
@@ -119,21 +119,6 @@ def parse_sampled(text: str) -> Sampled | None:
         return None
     temperature = float(found[2] or 1)
     return Sampled(int(found[1]), temperature) if 0.01 <= temperature <= 1000 else None
-
-
-def uniforms(seed_B: Tensor, count: int) -> Tensor:
-    """`count` numbers in [0, 1) for each row's seed (int64), float64 of shape (B, count)."""
-    counter_N = torch.arange(1, count + 1, device=seed_B.device) * _GAMMA  # all products wrap at 64 bits
-    mixed_BN = seed_B[:, None] + counter_N
-    for shift, factor in ((30, _MIX1), (27, _MIX2)):
-        mixed_BN = (mixed_BN ^ _shifted_right(mixed_BN, shift)) * factor
-    mixed_BN = mixed_BN ^ _shifted_right(mixed_BN, 31)
-    return _shifted_right(mixed_BN, 11).double() * 2.0**-53
-
-
-def _shifted_right(numbers: Tensor, bits: int) -> Tensor:
-    """As unsigned integers are: zeros come in."""
-    return (numbers >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def _shares(columns: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
