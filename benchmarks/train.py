@@ -8,8 +8,9 @@ The demo's student on its images, batch size and augmentation, trained in turns 
     cached        an eighth has; the soft labels of the rest come from a store of the encoding that the row names
     online        the same batches, but the teacher makes the soft labels in the loop, of the augmented images
 
-All are driven by the loader and the step of `pseudolabel.train`; batches are loaded in the loop on a CPU, by processes
-beside a GPU. On a CPU everything has one thread, and CPU time counts: a busy machine distorts it less. Read it so:
+All are driven by the loader (images kept in memory) and the step of `pseudolabel.train`; batches are loaded in the loop
+on a CPU, by processes beside a GPU. On a CPU everything has one thread, and CPU time counts: a busy machine distorts it
+less. Read it so:
 
     cached ÷ supervised   time of a step, its batch's loading included; wanted: at most about 1.03
     cached ÷ online       the same: the less, the more the cache saves
@@ -59,7 +60,9 @@ class Variant:
         self.workers = 0 if device == "cpu" else max(1, min(8, available_cores() - 1))
         card = ModelCard(SETTINGS.student, tuple(map(str, range(data.num_classes))), preprocessing_of(SETTINGS))
         unused = RunDirectory(Path("unused"), "train", {})
-        self._loop = TrainingLoop(SETTINGS, card, data, None, unused, 1_000_000, self._device, self.workers)
+        self._loop = TrainingLoop(
+            SETTINGS, card, data, None, unused, 1_000_000, self._device, self.workers, cache="auto"
+        )
         self._batches = self._loop.batches_from(0)
 
     def load(self) -> Batch:
@@ -67,7 +70,7 @@ class Variant:
 
     def step(self) -> None:
         """Load a batch and learn from it."""
-        self._loop.step(self.soften(self.load()), SETTINGS.lr)
+        self._loop.learner.step(self.soften(self.load()), SETTINGS.lr, 0, self._loop.times)
 
     def soften(self, batch: Batch) -> Batch:
         """Let the teacher, if there is one, label the unlabeled rows of a batch, which are the last."""
