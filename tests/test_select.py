@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -442,3 +443,40 @@ def test_leaks_are_excluded_if_they_are_of_these_shards(store: Store, tmp_path: 
         select(store, tmp_path / "t", exclude=Leaks({}, {"u-0": sha256["u-0"]}, against))
     with pytest.raises(SelectionError, match="'u-1': leaks were looked for in another content"):
         select(store, tmp_path / "x", exclude=Leaks({}, {**sha256, "u-1": "0" * 64}, against))
+
+
+def test_of_two_at_once_one_wins_and_the_other_says_so(store: Store, tmp_path: Path) -> None:
+    """Both found the place empty; the second one's parts took the place of the first one's, which nobody told."""
+    from pseudolabel.selection import write_selection
+
+    sha256 = {name: store.info(name).sha256 for name in store.part_names()}
+    refused = []
+
+    def parts() -> Iterator[tuple[str, pa.Table]]:
+        for overwrite in (False, True):
+            with pytest.raises(OutputExists, match=r"s: another process is at work in it; wait for it") as caught:
+                select(store, tmp_path / "s", SelectSettings(min_confidence=0.9), overwrite=overwrite)
+            refused.append(caught)
+        yield from ()
+
+    write_selection(tmp_path / "s", {"store": store.fingerprint, "shards": {}}, parts(), sha256, overwrite=False)
+    assert len(refused) == 2
+    with pytest.raises(OutputExists, match="holds a selection; add --overwrite"):  # it was written meanwhile
+        write_selection(tmp_path / "s", {}, iter(()), sha256, overwrite=False)
+    assert open_selection(tmp_path / "s").facts["store"] == store.fingerprint
+
+
+def test_what_a_killed_one_left_half_written_is_removed(store: Store, tmp_path: Path) -> None:
+    select(store, tmp_path / "s")
+    for name in (".begun.json.tmp-0123456789ab", "parts/.u-0.parquet.tmp-0123456789ab"):
+        (tmp_path / "s" / name).write_text("half")
+    select(store, tmp_path / "s", overwrite=True)
+    assert not list((tmp_path / "s").rglob(".*"))
+
+
+@pytest.mark.parametrize("place", ["sub", "parts/sub", "log/a/b"])
+def test_a_selection_within_a_store_is_refused(store: Store, tmp_path: Path, place: str) -> None:
+    """`verify` took it for a foreign file, and in parts/ nothing could read the store any more."""
+    with pytest.raises(OutputExists, match=r"lies in the store .*store, which holds nothing but its own labels"):
+        select(store, tmp_path / "store" / place)
+    assert not (tmp_path / "store" / place).exists()

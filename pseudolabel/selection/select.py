@@ -92,7 +92,8 @@ def select(
     Raises:
         SelectionError: nothing is left, or no threshold reaches the target.
         StoreMismatch: the calibration is of another store.
-        OutputExists: `out` holds a selection and is not to be overwritten, or something else.
+        OutputExists: `out` holds a selection and is not to be overwritten, or something else; another process is at
+            work there; or it lies in a store.
     """
     started = time.monotonic()
     settings = settings or SelectSettings()
@@ -128,7 +129,8 @@ def select(
             "shards": {name: counts.get(part, 0) for part, name in enumerate(shards)},
             **found,
         }
-        written = write_selection(root, facts, manifest_parts(connection, shards, store.identity.num_views), sha256)
+        parts = manifest_parts(connection, shards, store.identity.num_views)
+        written = write_selection(root, facts, parts, sha256, overwrite=overwrite)
     return _result(written, round(time.monotonic() - started, 3))
 
 
