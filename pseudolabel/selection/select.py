@@ -27,7 +27,7 @@ from pseudolabel.labels.footers import read_footers
 from pseudolabel.labels.store import Store, open_store
 from pseudolabel.selection import Selection, check_place, write_selection
 from pseudolabel.selection.exclusion import Exclusion, excluded_positions, recorded
-from pseudolabel.selection.findings import findings, why_nothing
+from pseudolabel.selection.findings import findings, why_nothing, why_weightless
 from pseudolabel.selection.manifest import manifest_parts
 from pseudolabel.selection.precision import lowest_threshold
 from pseudolabel.selection.rules import choose, filters, mark_candidates
@@ -113,8 +113,9 @@ def select(
         _mark_evidence(connection, store, shards, evidence)
         thresholds = _thresholds(connection, settings, store)
         if not mark_candidates(connection, settings, thresholds):
-            raise SelectionError(why_nothing(connection, settings, store))
-        choose(connection, settings, store.identity.num_classes)
+            raise SelectionError(why_nothing(connection, settings, store, thresholds))
+        if not choose(connection, settings, store.identity.num_classes):
+            raise SelectionError(why_weightless(settings, store))
         found = findings(connection, settings, store)
         counts = dict(connection.execute("select part, count(*) from chosen group by part").fetchall())
         content = "\n".join(f"{name} {digest}" for name, digest in sha256.items())
