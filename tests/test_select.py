@@ -421,9 +421,13 @@ def test_the_command(store: Store, tmp_path: Path, cli: Cli, invoke: Invoke, ref
     refuse(
         "select", *here, "--like", tmp_path / "s", "--min-margin", 0.5, kind="SelectionError", said="--like takes all"
     )
-    refuse("select", *here, "--min-confidence", 1.5, kind="RecipeError", said="min_confidence")
-    refuse("select", *here, "--per-class", kind="RecipeError", said="target_precision, which isn't given")
-    refuse("select", *here, "--balance", "median", kind="RecipeError", said="balance")
+    refuse(
+        "select", *here, "--min-confidence", 1.5, kind="RecipeError", said="  --min-confidence: Input should be less"
+    )
+    told = "--per-class is about --target-precision, which isn't given"
+    refuse("select", *here, "--per-class", kind="RecipeError", said=told)
+    for wrong in ("median", 0, "1.5", 1 << 62):
+        refuse("select", *here, "--balance", wrong, kind="RecipeError", said="--balance: must be a number of rows from")
     code, _, err = invoke("select", *here, "--certainty", 0.9, "--json")
     assert code == 0
     assert "without --target-precision, --certainty has no effect" in err
@@ -472,7 +476,7 @@ def test_the_limit_that_left_nothing_is_told_with_what_would_have_passed(tmp_pat
     ):
         select(unsure, tmp_path / "t", SelectSettings(target_precision=0.7))
     with pytest.raises(SelectionError, match=r"its class's threshold .*: \d of 5 classes have one\nlower"):
-        select(unsure, tmp_path / "t", SelectSettings(target_precision=0.9, per_class=True))
+        select(unsure, tmp_path / "t", SelectSettings(target_precision=0.7, per_class=True))
     with pytest.raises(SelectionError, match="--weight entropy gives every row that passes the weight 0"):  # a crash
         select(unsure, tmp_path / "t", SelectSettings(weight="entropy"))
     with pytest.raises(SelectionError, match="all 20 rows that could be selected are excluded"):
