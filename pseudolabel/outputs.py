@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from pseudolabel import storage
 from pseudolabel.errors import OutputExists, PseudolabelError, StorageError
@@ -31,7 +33,7 @@ def check_outside_stores(path: Location) -> None:
     for above in _above(path):
         try:
             found = is_store(above)
-        except StorageError as error:
+        except (StorageError, PermissionError) as error:
             if not storage.is_refused(error):
                 raise
             found = False  # whoever may write below may not be allowed to look there
@@ -44,7 +46,7 @@ def check_outside_stores(path: Location) -> None:
 def _above(path: Location) -> Iterator[Location]:
     """The directories that `path` is in. At a URL two, as deep as a store is: to ask costs time there."""
     if not isinstance(path, storage.RemotePath):
-        yield from path.resolve().parents
+        yield from Path(os.path.realpath(path)).parents
         return
     for _ in range(2):
         path = path.parent

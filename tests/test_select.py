@@ -510,11 +510,3 @@ def test_what_a_killed_one_left_half_written_is_removed(store: Store, tmp_path: 
         (tmp_path / "s" / name).write_text("half")
     select(store, tmp_path / "s", overwrite=True)
     assert not list((tmp_path / "s").rglob(".*"))
-
-
-@pytest.mark.parametrize("place", ["sub", "parts/sub", "log/a/b"])
-def test_a_selection_within_a_store_is_refused(store: Store, tmp_path: Path, place: str) -> None:
-    """`verify` took it for a foreign file, and in parts/ nothing could read the store any more."""
-    with pytest.raises(OutputExists, match=r"lies in the store .*store, which holds nothing but its own labels"):
-        select(store, tmp_path / "store" / place)
-    assert not (tmp_path / "store" / place).exists()
