@@ -46,6 +46,7 @@ _KEEP_EVERY = 5000  # parts: what a later command would have to read one by one
 class AnnotateResult:
     """Totals over the shards that were asked for, those already done included; `parts_*`, `seconds` and the rest are
     this command's. `stages`: share of the workers' time by stage; `bottleneck`: the largest, and what to change.
+    `encoding_reason`: why it was chosen, if it was left to `auto:EPS`.
     """
 
     samples: int
@@ -59,6 +60,7 @@ class AnnotateResult:
     precision: str
     stages: dict[str, float]
     bottleneck: str
+    encoding_reason: str | None = None
 
 
 def annotate(
@@ -96,7 +98,7 @@ def annotate(
     devices = engine.devices()
     settings = choose_precision(settings, engine)
     settings = choose_batch_size(settings, teacher, engine, storage.location(out))
-    settings = choose_encoding(settings, teacher, engine, shards, storage.location(out))
+    settings, why = choose_encoding(settings, teacher, engine, shards, storage.location(out))
     loaded = teacher.load(torch.device("cpu"))
     _compare_classes(shards, loaded)
     settings = settle(settings, devices[0], loaded)
@@ -159,6 +161,7 @@ def annotate(
         settings.precision,
         stages,
         bound,
+        why,
     )
     log.append({"result": asdict(result)})
     log.close()

@@ -86,6 +86,7 @@ def find_leaks(
     del looks
     found = _seen(engine, SearchWork(others, distance), shards, on_progress)
     leaks = sorted(_leaks(found, places))
+    check_output(place, overwrite=overwrite, read=read_leaks, what="leaks")  # another one may have been quicker
     write_leaks(
         place,
         leaks,

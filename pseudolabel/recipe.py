@@ -9,8 +9,9 @@ the nearest known one.
 from __future__ import annotations
 
 import json
+import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -101,12 +102,14 @@ def read_tables(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
     return tables
 
 
-def validate(kind: type[Model], tables: Mapping[str, Any], where: str) -> Model:
-    """Build `kind` from plain tables. Raises `RecipeError` naming each wrong key, at most four."""
+def validate(kind: type[Model], tables: Mapping[str, Any], where: str, flags: Collection[str] = ()) -> Model:
+    """Build `kind` from plain tables; what came as flags is told as flags. Raises `RecipeError` naming each wrong key,
+    at most four.
+    """
     try:
         return kind.model_validate(tables)
     except ValidationError as error:
-        lines = [_explain(kind, dict(one)) for one in error.errors()[:4]]
+        lines = [_explain(kind, dict(one), flags) for one in error.errors()[:4]]
         raise RecipeError(f"{where}:\n" + "\n".join(f"  {line}" for line in lines)) from error
 
 
@@ -127,21 +130,36 @@ def _override(tables: dict[str, Any], text: str) -> None:
     tables[path[-1]] = parsed
 
 
-def _explain(kind: type[BaseModel], error: dict[str, Any]) -> str:
+def as_keys(message: str, table: str, kind: type[BaseModel]) -> str:
+    """A message that names flags, as one that names a recipe's keys: `select.min_margin` for `--min-margin`."""
+
+    def key(flag: re.Match[str]) -> str:
+        name = flag[1].replace("-", "_")
+        return f"{table}.{name}" if name in kind.model_fields else flag[0]
+
+    return re.sub(r"--([a-z]+(?:-[a-z]+)*)", key, message)
+
+
+def _explain(kind: type[BaseModel], error: dict[str, Any], flags: Collection[str]) -> str:
     added = _UNION_TAGS if error["type"] != "extra_forbidden" else ()
     path = [str(part) for part in error["loc"] if part not in added]
-    name = ".".join(path)
+    name = _flag(path[-1]) if path and path[-1] in flags else ".".join(path)
     if error["type"] == "extra_forbidden":
         known = _fields_at(kind, path[:-1])
         return f"unknown key {name!r}{specs.nearest(path[-1], known)}; known are {', '.join(known)}"
     if error["type"] == "missing":
         return f"{name!r} is missing"
     message = _MESSAGES.get(error["type"], str(error["msg"]).removeprefix("Value error, "))
+    message = re.sub(r"`(\w+)`", lambda named: _flag(named[1]) if named[1] in flags else named[1], message)
     return (
         (f"{name}: " if name else "")
         + message
         + ("" if isinstance(error["input"], dict) else f" (it is {json.dumps(error['input'], default=str)})")
     )
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _fields_at(kind: type[BaseModel], path: Sequence[str]) -> list[str]:

@@ -1,6 +1,7 @@
 """What decides a result, as validated values: the same fields serve flags, recipes and fingerprints. Needs no torch.
 
-Where and how fast (device, workers, engine) is not here: it doesn't change the result.
+Where and how fast (device, workers, engine) is not here: it doesn't change the result. Messages name a setting in
+backticks: `recipe.validate` tells it as a flag where it came as one.
 """
 
 from __future__ import annotations
@@ -14,17 +15,29 @@ Positive = Annotated[float, Field(gt=0.0)]
 Precision = Literal["fp32", "bf16", "fp16"]
 
 
+def _number(value: object) -> object:
+    """As a flag's text gives it."""
+    return int(value) if isinstance(value, str) and value.isascii() and value.isdecimal() else value
+
+
 def _check_batch_size(value: object) -> object:
-    number = int(value) if isinstance(value, str) and value.isascii() and value.isdecimal() else value
+    number = _number(value)
     if number not in (None, "auto") and (type(number) is not int or number < 1):
         raise ValueError("must be a whole number from 1, or auto")
     return number
 
 
 def _check_replay(value: object) -> object:
-    number = int(value) if isinstance(value, str) and value.isascii() and value.isdecimal() else value
+    number = _number(value)
     if number not in (None, "all") and (type(number) is not int or number < 1):
         raise ValueError("must be a number of views from 1, or all")
+    return number
+
+
+def _check_balance(value: object) -> object:
+    number = _number(value)
+    if number not in (None, "mean") and (type(number) is not int or not 1 <= number < 1 << 62):
+        raise ValueError("must be a number of rows from 1, or mean")
     return number
 
 
@@ -75,7 +88,7 @@ class AnnotateSettings(Settings):
     @model_validator(mode="after")
     def _some_area(self) -> AnnotateSettings:
         if not 0 < self.crop_scale[0] <= self.crop_scale[1]:
-            raise ValueError("crop_scale must be two shares of the area, the smaller first and above 0")
+            raise ValueError("`crop_scale` must be two shares of the area, the smaller first and above 0")
         return self
 
     @property
@@ -113,7 +126,7 @@ class SelectSettings(Settings):
     top_per_class: int | None = Field(
         None, ge=1, lt=1 << 62, description="the K most confident of each predicted class"
     )
-    balance: int | Literal["mean"] | None = Field(
+    balance: Annotated[int | Literal["mean"] | None, BeforeValidator(_check_balance)] = Field(
         None, description="rows a class counts for: more are cut to the most confident, fewer weigh more; or mean"
     )
     max_weight: float = Field(10.0, ge=1, description="largest weight that balancing gives a row")
@@ -126,9 +139,7 @@ class SelectSettings(Settings):
     @model_validator(mode="after")
     def _fitting(self) -> SelectSettings:
         if self.per_class and self.target_precision is None:
-            raise ValueError("per_class is about target_precision, which isn't given")
-        if isinstance(self.balance, int) and not 1 <= self.balance < 1 << 62:
-            raise ValueError("balance must be a number of rows from 1, or mean")
+            raise ValueError("`per_class` is about `target_precision`, which isn't given")
         return self
 
 
@@ -207,7 +218,7 @@ class TrainSettings(Settings):
     @model_validator(mode="after")
     def _one_length(self) -> TrainSettings:
         if self.steps is not None and self.epochs is not None:
-            raise ValueError("give steps or epochs, not both")
+            raise ValueError("give `steps` or `epochs`, not both")
         return self
 
     @property

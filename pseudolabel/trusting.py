@@ -15,11 +15,13 @@ from dataclasses import dataclass
 from pseudolabel.calibration import Calibration, read_calibration
 from pseudolabel.calibration.calibrate import calibrate
 from pseudolabel.duplicates.ledger import Leaks, read_leaks
+from pseudolabel.errors import CalibrationError, SelectionError
 from pseudolabel.labels.store import Store
-from pseudolabel.recipe import Recipe
+from pseudolabel.recipe import Recipe, as_keys
 from pseudolabel.selection import Selection, open_selection
+from pseudolabel.selection.exclusion import recorded
 from pseudolabel.selection.select import select
-from pseudolabel.settings import SelectSettings
+from pseudolabel.settings import CalibrateSettings, SelectSettings
 from pseudolabel.storage import Location
 
 UNCHECKED = "none"
@@ -57,38 +59,71 @@ def settle_trust(
     leaks: Leaks | None,
     say: Callable[[str], None],
 ) -> Trust:
-    """Calibrate and select in a round's directory; what is there is taken if the round's student is done.
+    """Calibrate and select in a round's directory; what is there is taken if the round's student is done. Errors name
+    the recipe's keys.
 
     Raises:
         CalibrationError, SelectionError.
     """
     done = (directory / "student" / "run.json").exists()
-    calibration, selection = None, None
-    path, place = directory / "calibration.json", directory / "selection"
-    if recipe.calibrate is not None:
-        if done and path.exists():
-            calibration = read_calibration(path)
-        else:
-            found = calibrate(store, path, recipe.calibrate, evidence=evidence, overwrite=True)
-            calibration = found.calibration
-            say(
-                f"calibrated on {found.rows} validation rows: ECE {found.before['ece']:.4f} before, "
-                f"{found.after['ece']:.4f} after (cross-fitted)"
-            )
-    if recipe.select is not None or leaks is not None:
-        if not (done and (place / "selection.json").exists()):
-            chosen = select(
-                store,
-                place,
-                recipe.select or SelectSettings(),
-                calibration=calibration,
-                evidence=evidence if recipe.select is not None else None,
-                exclude=leaks,
-                overwrite=True,
-            )
-            say(
-                f"selected {chosen.selected} of {chosen.rows} soft labels, {chosen.excluded} excluded; estimated "
-                f"precision {chosen.estimated_precision:.4f} (from {chosen.estimated_from})"
-            )
-        selection = open_selection(place)
+    try:
+        calibration = _calibrated(recipe, store, directory / "calibration.json", evidence, say, done=done)
+    except CalibrationError as error:
+        raise CalibrationError(as_keys(str(error), "calibrate", CalibrateSettings)) from error
+    try:
+        selection = _selected(recipe, store, directory / "selection", calibration, evidence, leaks, say, done=done)
+    except SelectionError as error:
+        said = as_keys(str(error), "select", SelectSettings).replace("--exclude", "data.leaks")
+        raise SelectionError(said) from error
     return Trust(calibration, selection)
+
+
+def _calibrated(
+    recipe: Recipe, store: Store, path: Location, evidence: Sequence[str], say: Callable[[str], None], *, done: bool
+) -> Calibration | None:
+    if recipe.calibrate is None:
+        return None
+    if done and path.exists():
+        return read_calibration(path)
+    found = calibrate(store, path, recipe.calibrate, evidence=evidence, overwrite=True)
+    say(
+        f"calibrated on {found.rows} validation rows: ECE {found.before['ece']:.4f} before, "
+        f"{found.after['ece']:.4f} after (cross-fitted)"
+    )
+    return found.calibration
+
+
+def _selected(
+    recipe: Recipe,
+    store: Store,
+    place: Location,
+    calibration: Calibration | None,
+    evidence: Sequence[str],
+    leaks: Leaks | None,
+    say: Callable[[str], None],
+    *,
+    done: bool,
+) -> Selection | None:
+    if recipe.select is None and leaks is None:
+        return None
+    if not (done and (place / "selection.json").exists()):
+        chosen = select(
+            store,
+            place,
+            recipe.select or SelectSettings(),
+            calibration=calibration,
+            evidence=evidence if recipe.select is not None else None,
+            exclude=leaks,
+            overwrite=True,
+        )
+        say(
+            f"selected {chosen.selected} of {chosen.rows} soft labels, {chosen.excluded} excluded; estimated "
+            f"precision {chosen.estimated_precision:.4f} (from {chosen.estimated_from})"
+        )
+    selection = open_selection(place)
+    if leaks is not None and selection.facts["excluded"] != recorded(leaks.excluded):
+        raise SelectionError(
+            f"{place}: leaves out other samples than data.leaks names now, and its student is trained\n"
+            "put the old file back, or choose another --out"
+        )
+    return selection

@@ -113,3 +113,31 @@ def test_the_command_says_what_was_chosen(corpus: Path, tmp_path: Path, wide_tea
     assert code == 0
     assert re.search(rf"^encoding +{found['encoding']}$", err, re.MULTILINE)
     assert found["encoding"].startswith("topk:")
+    assert re.match(
+        r"the fewest classes for auto:0.01: 0.0\d+ nats lost at T = 1, on 72 samples$", found["encoding_reason"]
+    )
+    assert f"encoding reason  {found['encoding_reason']}" in err
+    again = invoke("annotate", corpus / "unlabeled", *teacher, "--out", tmp_path / "store", *how)[1]
+    assert json.loads(again)["encoding_reason"] == found["encoding_reason"]
+    plain = ("--encoding", found["encoding"], "--device", "cpu", "--json")
+    _, out, err = invoke("annotate", corpus / "unlabeled", *teacher, "--out", tmp_path / "store", *plain)
+    assert json.loads(out)["encoding_reason"] is None
+    assert "reason" not in err
+
+
+@pytest.mark.parametrize(
+    ("classes", "why"),
+    [
+        (4, "any topk:K takes more bytes than all 4 logits"),
+        (9, "topk:1 loses more than auto:1e-9 allows; more take more bytes than all 9 logits"),
+        (60, "topk:1 to topk:26 lose more than auto:1e-9 allows; more take more bytes than all 60 logits"),
+    ],
+)
+def test_why_all_logits_are_kept_is_told(corpus: Path, tmp_path: Path, classes: int, why: str) -> None:
+    """Whoever asked for a loss and got dense wondered."""
+    teacher = make_model(tmp_path / "teacher", classes=classes)
+    settings = AnnotateSettings(precision="fp32", encoding="auto:1e-9")
+    found = annotate(
+        corpus / "unlabeled", f"checkpoint:{teacher}", tmp_path / "store", engine=ENGINE, settings=settings
+    )
+    assert (found.encoding, found.encoding_reason) == ("dense", why)

@@ -23,8 +23,8 @@ from conftest import Cli, make_model
         (("--epochs", "inf"), "RecipeError", "epochs: .*finite"),
         (("--lr", "nan"), "RecipeError", "lr: "),
         (("--loss", "kdd"), "SpecError", r"no loss 'kdd' \(did you mean 'kd'\?\); known are kd, hard"),
-        (("--crop", "centre"), "RecipeError", "augment.crop: Input should be 'pad', 'resized' or 'none'"),
-        (("--steps", 3, "--epochs", 1), "RecipeError", "give steps or epochs, not both"),
+        (("--crop", "centre"), "RecipeError", "--crop: Input should be 'pad', 'resized' or 'none'"),
+        (("--steps", 3, "--epochs", 1), "RecipeError", "give --steps or --epochs, not both"),
         (("--steps", 0), "RecipeError", "steps: "),
         (("--channels", 2), "RecipeError", "channels: Input should be 1 or 3"),
         (("--student", "small:resnet9"), "SpecError", r"no small student 'resnet9' \(did you mean 'resnet8'\?\)"),
@@ -142,6 +142,20 @@ def test_a_recipe_without_a_train_table_is_refused(
         tmp_path / "run",
     )
     refuse(*command, kind="RecipeError", said=f"^{tmp_path / 'recipe.toml'}(.|\n)*{said}")
+
+
+def test_a_flag_is_told_as_a_flag_and_a_key_as_a_key(tmp_path: Path, corpus: Path, invoke: Invoke) -> None:
+    """Nobody who typed --labeled-fraction looks for labeled_fraction, nor the other way round."""
+    (tmp_path / "recipe.toml").write_text("[train]\nbatch_size = 1\naugment = {erasing = 3}\n")
+    train = ("train", "--out", tmp_path / "run", "--labeled", corpus / "labeled")
+    flags = ("--labeled-fraction", 2, "--randaugment", 99)
+    code, _, err = invoke(*train, "--recipe", tmp_path / "recipe.toml", *flags)
+    assert code == 1
+    for said in ("  batch_size: Input", "  augment.erasing: Input", "  --labeled-fraction: Input", "  --randaugment: "):
+        assert said in err
+    assert "give --steps or --epochs, not both" in invoke(*train, "--steps", 1, "--epochs", 1)[2]
+    _, _, err = invoke(*train, *FEW, "--steps", 1, "--labeled-fraction", 1)
+    assert "note: without --labels, --labeled-fraction have no effect" in err
 
 
 def test_a_short_training_is_remarked_upon_once(tmp_path: Path, corpus: Path, invoke: Invoke) -> None:

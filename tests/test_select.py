@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -277,7 +278,7 @@ def test_selecting_nothing_is_refused_and_leaves_nothing(store: Store, tmp_path:
     for settings, said in (
         (
             {"min_confidence": 1.0, "max_entropy": 0.0},
-            r"none of 900 rows passes \(confidence >= 1.0 and entropy <= 0.0\)",
+            r"none of 500 rows passes --min-confidence 1; the largest confidence of these is 0.\d+\nloosen --min-conf",
         ),
         ({"target_precision": 0.9999}, r"no confidence is known to reach a precision of 0.9999 .* of 400 labeled rows"),
         ({"max_disagreement": 0.1}, "annotate with --keep-members"),
@@ -420,9 +421,13 @@ def test_the_command(store: Store, tmp_path: Path, cli: Cli, invoke: Invoke, ref
     refuse(
         "select", *here, "--like", tmp_path / "s", "--min-margin", 0.5, kind="SelectionError", said="--like takes all"
     )
-    refuse("select", *here, "--min-confidence", 1.5, kind="RecipeError", said="min_confidence")
-    refuse("select", *here, "--per-class", kind="RecipeError", said="target_precision, which isn't given")
-    refuse("select", *here, "--balance", "median", kind="RecipeError", said="balance")
+    refuse(
+        "select", *here, "--min-confidence", 1.5, kind="RecipeError", said="  --min-confidence: Input should be less"
+    )
+    told = "--per-class is about --target-precision, which isn't given"
+    refuse("select", *here, "--per-class", kind="RecipeError", said=told)
+    for wrong in ("median", 0, "1.5", 1 << 62):
+        refuse("select", *here, "--balance", wrong, kind="RecipeError", said="--balance: must be a number of rows from")
     code, _, err = invoke("select", *here, "--certainty", 0.9, "--json")
     assert code == 0
     assert "without --target-precision, --certainty has no effect" in err
@@ -442,3 +447,66 @@ def test_leaks_are_excluded_if_they_are_of_these_shards(store: Store, tmp_path: 
         select(store, tmp_path / "t", exclude=Leaks({}, {"u-0": sha256["u-0"]}, against))
     with pytest.raises(SelectionError, match="'u-1': leaks were looked for in another content"):
         select(store, tmp_path / "x", exclude=Leaks({}, {**sha256, "u-1": "0" * 64}, against))
+
+
+def test_the_limit_that_left_nothing_is_told_with_what_would_have_passed(tmp_path: Path) -> None:
+    """It was always the largest confidence that was told, which passed."""
+    store = write_store(tmp_path / "store", {"u": (known(300, CLASSES, 0)[0], [None] * 300)})
+    add_part(store, "val", *known(400, CLASSES, 2))
+    rows = store.read("u").to_pylist()
+    sure = [row for row in rows if row["confidence"] >= np.float32(0.9)]
+
+    def refused(**settings: Any) -> str:
+        with pytest.raises(SelectionError) as caught:
+            select(store, tmp_path / "s", SelectSettings(**settings))
+        return str(caught.value)
+
+    told = refused(max_entropy=1e-7, min_confidence=0.9)
+    least = np.float32(min(row["entropy"] for row in sure))
+    assert f"none of the {len(sure)} rows left passes --max-entropy 1e-07; the smallest entropy of these" in told
+    assert told.endswith(f"is {least!s}\nloosen --max-entropy")
+    widest = np.float32(max(row["margin"] for row in rows))
+    assert f"none of 300 rows passes --min-margin 1; the largest margin of these is {widest!s}" in refused(min_margin=1)
+    rules = SelectSettings(max_entropy=float(str(least)), min_confidence=0.9)
+    assert select(store, tmp_path / "s", rules).selected == 1
+    unsure = write_store(tmp_path / "unsure", {"u": (torch.zeros(20, CLASSES), [None] * 20)})
+    add_part(unsure, "val", *known(400, CLASSES, 2))
+    with pytest.raises(
+        SelectionError, match=r"none of 20 rows reaches the confidence of 0.\d+ from .* is 0.1\d+\nlower"
+    ):
+        select(unsure, tmp_path / "t", SelectSettings(target_precision=0.7))
+    with pytest.raises(SelectionError, match=r"its class's threshold .*: \d of 5 classes have one\nlower"):
+        select(unsure, tmp_path / "t", SelectSettings(target_precision=0.7, per_class=True))
+    with pytest.raises(SelectionError, match="--weight entropy gives every row that passes the weight 0"):  # a crash
+        select(unsure, tmp_path / "t", SelectSettings(weight="entropy"))
+    with pytest.raises(SelectionError, match="all 20 rows that could be selected are excluded"):
+        select(unsure, tmp_path / "t", exclude={"u": range(20)})
+
+
+def test_of_two_at_once_one_wins_and_the_other_says_so(store: Store, tmp_path: Path) -> None:
+    """Both found the place empty; the second one's parts took the place of the first one's, which nobody told."""
+    from pseudolabel.selection import write_selection
+
+    sha256 = {name: store.info(name).sha256 for name in store.part_names()}
+    refused = []
+
+    def parts() -> Iterator[tuple[str, pa.Table]]:
+        for overwrite in (False, True):
+            with pytest.raises(OutputExists, match=r"s: another process is at work in it; wait for it") as caught:
+                select(store, tmp_path / "s", SelectSettings(min_confidence=0.9), overwrite=overwrite)
+            refused.append(caught)
+        yield from ()
+
+    write_selection(tmp_path / "s", {"store": store.fingerprint, "shards": {}}, parts(), sha256, overwrite=False)
+    assert len(refused) == 2
+    with pytest.raises(OutputExists, match="holds a selection; add --overwrite"):  # it was written meanwhile
+        write_selection(tmp_path / "s", {}, iter(()), sha256, overwrite=False)
+    assert open_selection(tmp_path / "s").facts["store"] == store.fingerprint
+
+
+def test_what_a_killed_one_left_half_written_is_removed(store: Store, tmp_path: Path) -> None:
+    select(store, tmp_path / "s")
+    for name in (".begun.json.tmp-0123456789ab", "parts/.u-0.parquet.tmp-0123456789ab"):
+        (tmp_path / "s" / name).write_text("half")
+    select(store, tmp_path / "s", overwrite=True)
+    assert not list((tmp_path / "s").rglob(".*"))

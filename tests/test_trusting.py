@@ -16,6 +16,7 @@ from stores import known
 from pseudolabel.annotate import annotate
 from pseudolabel.calibration import Calibration, read_calibration
 from pseudolabel.dataset import TrainingBatches
+from pseudolabel.duplicates.ledger import Leak, write_leaks
 from pseudolabel.engines.local import LocalEngine
 from pseudolabel.errors import LabelError, OutputExists, SelectionError, SpecError, StoreMismatch
 from pseudolabel.inputs import gather
@@ -28,7 +29,8 @@ from pseudolabel.rounds import Place, run
 from pseudolabel.selection import open_selection
 from pseudolabel.selection.select import select
 from pseudolabel.settings import AnnotateSettings, AugmentSettings, SelectSettings, TrainSettings
-from pseudolabel.shard_lists import list_shards
+from pseudolabel.shard_lists import Shard, list_shards
+from pseudolabel.shards import shard_sha256
 from pseudolabel.train import train
 from pseudolabel.views.image import square
 
@@ -195,6 +197,42 @@ def test_a_recipes_rounds_calibrate_and_select(
     shutil.rmtree(tmp_path / "run" / "round-2" / "student")
     run(load_recipe(recipe_file), tmp_path / "run", place)
     assert _weights(tmp_path / "run" / "round-2" / "student") == weights
+
+
+def test_errors_of_a_run_name_the_recipes_keys(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is no flag to lower in a recipe."""
+    from pseudolabel.calibration import evidence
+
+    monkeypatch.setattr(evidence, "FEWEST_ROWS", 20)
+    rules = ("select.target_precision=0.99", "select.min_confidence=0.1")
+    with pytest.raises(SelectionError, match=r"or lower select\.target_precision or select\.certainty$"):
+        run(load_recipe(recipe_file, rules), tmp_path / "run", Place(ENGINE, threads=1))
+    with pytest.raises(SelectionError, match=r"rows passes select\.min_margin 1; .*\nloosen select\.min_margin$"):
+        run(load_recipe(recipe_file, ("select.min_margin=1",)), tmp_path / "other", Place(ENGINE, threads=1))
+
+
+def test_other_leaks_than_a_trained_rounds_are_refused(
+    recipe_file: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The recipe names a file: if that was made anew between two runs, round 1 left out other samples than round 2,
+    and nobody said so.
+    """
+    from pseudolabel.calibration import evidence
+
+    monkeypatch.setattr(evidence, "FEWEST_ROWS", 20)
+    sha256 = {path.stem: shard_sha256(Shard(path.stem, str(path))) for path in (corpus / "unlabeled").iterdir()}
+    path, leak = tmp_path / "leaks.parquet", ("near", 2, 0.99, "val-0", "x", 1)
+    facts = {"shards": sha256, "against": {"val-0": "0" * 64}}
+    recipe = load_recipe(recipe_file, (f"data.leaks={path}", "rounds.count=1", "rounds.control=false"))
+    write_leaks(path, [Leak("unlabeled-0", 3, "x", *leak)], facts)
+    run(recipe, tmp_path / "run", Place(ENGINE, threads=1))
+    run(recipe, tmp_path / "run", Place(ENGINE, threads=1))
+    for now in ([Leak("unlabeled-0", 4, "x", *leak)], []):
+        write_leaks(path, now, facts)
+        with pytest.raises(SelectionError, match=r"leaves out other samples than data\.leaks names now"):
+            run(recipe, tmp_path / "run", Place(ENGINE, threads=1))
 
 
 def test_the_commands_together(corpus: Path, tmp_path: Path, invoke: Invoke) -> None:

@@ -613,6 +613,28 @@ def test_a_shard_whose_annotation_was_killed_is_unfinished(tmp_path: Path, make_
     assert not (made.root / "rejects" / "b.parquet").exists()
 
 
+def test_repair_deletes_no_file_of_ours_that_is_no_part(tmp_path: Path, make_store: Callable[[str], Made]) -> None:
+    """What `leaks` or `select` made, put among the parts, is whole and sealed: it was taken for a damaged part."""
+    made = make_store("dense").copy(tmp_path / "store")
+    path = made.root / "parts" / "leaks.parquet"
+    schema.write_sealed(path, pa.table({"index": [1]}), {"format_version": 1, "kind": "leaks"})
+    found = verify(made.root, repair=True)
+    assert [(one.part, one.kind) for one in found.problems] == [("leaks", "ForeignFile")]
+    assert "no part of a store; move it away" in found.problems[0].detail
+    assert path.exists()
+
+
+def test_repair_gets_by_a_directory_in_the_place_of_rejects(tmp_path: Path, make_store: Callable[[str], Made]) -> None:
+    """The part was deleted, then the directory couldn't be, and what else was wrong nobody learned."""
+    made = make_store("dense").copy(tmp_path / "store")
+    (made.root / "rejects" / "b.parquet").unlink()
+    (made.root / "rejects" / "b.parquet").mkdir()
+    (made.root / "parts" / "a.parquet").write_bytes(b"torn")
+    found = verify(made.root, repair=True)
+    assert {one.kind for one in found.problems} == {"ForeignFile"}
+    assert {one.part for one in found.repaired} == {"a", "b"}
+
+
 def test_verify_on_the_command_line(tmp_path: Path, make_store: Callable[[str], Made], invoke: Invoke) -> None:
     made = make_store("dense").copy(tmp_path / "store")
     shards = Path(made.shards[0].path).parent

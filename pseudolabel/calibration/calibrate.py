@@ -99,6 +99,7 @@ def calibrate(
     shift = None if shift_C is None else tuple(round(value, 6) for value in shift_C.tolist())
     found = replace(found, shift=shift, facts=facts)
     if path is not None:
+        check_output(path, overwrite=overwrite, read=read_calibration, what="calibration")  # one may have been quicker
         storage.write_atomic(path, json.dumps(found.to_json(), indent=1) + "\n")
     return CalibrateResult(
         out=None if out is None else storage.shown(os.fspath(out)),
@@ -161,5 +162,11 @@ def _shift(store: Store, calibration: Calibration, rows: Evidence, target: str) 
         raise CalibrationError(
             f"{store.root}: every row carries a label, so there is no marginal to correct; leave out --prior, or "
             "annotate the unlabeled shards into this store first"
+        )
+    if not total_C.all():
+        name = store.identity.classes[int(total_C.argmin())]
+        raise CalibrationError(
+            f"{store.root}: the unlabeled rows give the class {name!r} no probability at all, so there is none to "
+            "correct; leave out --prior"
         )
     return target_share(rows.label_N, rows.num_classes, target).log() - (total_C / count).log()

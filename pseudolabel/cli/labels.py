@@ -153,7 +153,8 @@ def annotate(
         )
     found = dataclasses.asdict(result)
     stages = ", ".join(f"{stage} {share:.0%}" for stage, share in result.stages.items() if share)
-    print_pairs({**found, "stages": stages}, for_people(as_json))
+    shown = {name: value for name, value in found.items() if value is not None}
+    print_pairs({**shown, "stages": stages}, for_people(as_json))
     return found
 
 

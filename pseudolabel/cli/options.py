@@ -92,7 +92,7 @@ def annotate_settings(flags: Mapping[str, Any]) -> AnnotateSettings:
     idle = [f"--{name.replace('_', '-')}" for name in ("view_seed", "view_policy") if name in given]
     if idle and given.get("views", 1) == 1:
         print(f"note: with --views 1, {' and '.join(idle)} have no effect", file=sys.stderr)
-    return validate(AnnotateSettings, given, "annotate")
+    return validate(AnnotateSettings, given, "annotate", flags=given)
 
 
 def train_settings(recipe: str | None, given: Mapping[str, Any]) -> TrainSettings:
@@ -111,7 +111,7 @@ def train_settings(recipe: str | None, given: Mapping[str, Any]) -> TrainSetting
     if "steps" in flags or "epochs" in flags:  # one flag of the pair replaces the recipe's other
         tables = {name: value for name, value in tables.items() if name not in ("steps", "epochs")}
     return validate(
-        TrainSettings, {**tables, **flags, "augment": augment}, str(recipe) if recipe is not None else "train"
+        TrainSettings, {**tables, **flags, "augment": augment}, str(recipe) if recipe is not None else "train", given
     )
 
 

@@ -121,11 +121,8 @@ def train(
     given = {name.removesuffix("_"): value for name, value in locals().items() if value is not None}
     world = world_from_environment()
     settings = train_settings(recipe, given)
-    idle = [
-        name
-        for name in ("loss", "alpha", "temperature", "standardize", "tail", "labeled_fraction", "replay")
-        if name in given
-    ]
+    decided = ("loss", "alpha", "temperature", "standardize", "tail", "labeled_fraction", "replay")
+    idle = [f"--{name.replace('_', '-')}" for name in decided if name in given]
     if labels is None and idle and world.first:
         print(f"note: without --labels, {', '.join(idle)} have no effect", file=sys.stderr)
     if workers != 0:

@@ -44,7 +44,7 @@ def calibrate(
     from pseudolabel.recipe import validate
 
     given = {name: value for name, value in (("method", method), ("prior", prior)) if value is not None}
-    settings = validate(CalibrateSettings, given, "calibrate")
+    settings = validate(CalibrateSettings, given, "calibrate", flags=given)
     result = calibrate(store, out, settings, evidence=_names(evidence), overwrite=overwrite)
     print_calibration(result, for_people(as_json))
     found = dataclasses.asdict(result)
@@ -96,7 +96,7 @@ def select(
         how = repeated(open_selection(like).facts)
     else:
         how = {
-            "settings": validate(SelectSettings, given, "select"),
+            "settings": validate(SelectSettings, given, "select", flags=SelectSettings.model_fields),
             "calibration": read_calibration(calibration) if calibration is not None else None,
             "evidence": _names(evidence),
         }

@@ -202,6 +202,11 @@ def create(root: str | os.PathLike[str], identity: StoreIdentity) -> Store:
     return found
 
 
+def is_store(root: Location) -> bool:
+    """Whether a store, be it damaged, is right there."""
+    return (root / "store.json").is_file() and (root / "parts").exists()
+
+
 def open_store(root: str | os.PathLike[str]) -> Store:
     """Open a store for reading.
 

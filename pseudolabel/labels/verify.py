@@ -37,6 +37,7 @@ from pseudolabel.errors import (
 from pseudolabel.interfaces import Teacher
 from pseudolabel.labels import schema
 from pseudolabel.labels.checks import check_beside, check_part, check_rejects, stored_fields
+from pseudolabel.labels.schema import PartInfo
 from pseudolabel.labels.store import Store, open_store
 from pseudolabel.shard_lists import Shard, ShardsLike, as_shards
 from pseudolabel.shards import ShardFile
@@ -123,7 +124,8 @@ def verify(
     repaired = [problem for problem in problems if repair and problem.kind in _REPAIRED]
     for problem in repaired:
         storage.discard(store.part_path(problem.part))
-        storage.discard(store.rejects_path(problem.part))
+        if problem.part in checking.rejects:  # or else what is there may be a directory
+            storage.discard(store.rejects_path(problem.part))
     left = tuple(problem for problem in problems if problem not in repaired)
     result = VerifyResult(not left, len(checking.entries), checking.rows, left, tuple(repaired))
     if again is None:
@@ -142,7 +144,7 @@ class _Checking:
         self._store, self._by_name, self._again = store, by_name, again
         self.entries = {one.name.removesuffix(".parquet"): one for one in store.part_files()}
         rejects = storage.entries(store.root / "rejects")
-        self._rejects = {one.name.removesuffix(".parquet") for one in rejects if _is_ours(one.name)}
+        self.rejects = {one.name.removesuffix(".parquet") for one in rejects if _is_ours(one.name)}
         self.problems: list[Problem] = []
         self.rows = 0
 
@@ -158,7 +160,7 @@ class _Checking:
         for name in sorted(self._by_name.keys() - self.entries.keys()):
             where = self._by_name[name].where
             self.problems.append(Problem(name, "MissingPart", f"{where}: not annotated in this store"))
-        for name in sorted(self._rejects - self.entries.keys()):
+        for name in sorted(self.rejects - self.entries.keys()):
             with self._noting(name):
                 self._read_rejects(name)  # of an unfinished shard, unless they are damaged or from elsewhere
 
@@ -184,8 +186,7 @@ class _Checking:
     def check(self, name: str) -> None:
         """All of one part. Raises what is wrong with it."""
         path = self._store.part_path(name)
-        part = self._read_part(name)
-        info = self._store.info(name, self.entries[name].size)
+        part, info = self._read_part(name)
         rejects = self._read_rejects(name)
         check_part(path, self._store.identity, info, part, rejects)
         if name in self._by_name:
@@ -195,18 +196,26 @@ class _Checking:
                     self._again.compare(opened, part, rejects)
         self.rows += part.num_rows
 
-    def _read_part(self, name: str) -> pa.Table:
+    def _read_part(self, name: str) -> tuple[pa.Table, PartInfo]:
+        path = self._store.part_path(name)
         try:
-            return self._store.read(name)
+            part = self._store.read(name)
         except DamagedPart:
-            path = self._store.part_path(name)
             if _is_foreign(path):
                 raise ForeignFile(f"{path}: is a Parquet file, but no part of a store; remove it") from None
+            raise
+        try:
+            return part, self._store.info(name, self.entries[name].size)
+        except DamagedPart:
+            if "fingerprint" not in schema.read_metadata(path):
+                raise ForeignFile(
+                    f"{path}: is whole, but a selection's or leaks, no part of a store; move it away"
+                ) from None
             raise
 
     def _read_rejects(self, name: str) -> pa.Table:
         """A shard's rejects, the whole file verified; empty where there are none."""
-        if name not in self._rejects:
+        if name not in self.rejects:
             return schema.REJECT_SCHEMA.empty_table()
         path = self._store.rejects_path(name)
         rejects = schema.read_table(path)

@@ -46,16 +46,17 @@ def choose_encoding(
     out: storage.Location | None,
     *,
     keep: bool = True,
-) -> AnnotateSettings:
-    """Settings whose encoding is one if it was `auto:EPS`: the one known for the store at `out`, or one that is found
-    now and, with `keep`, known from then on. The settings leave nothing else to the device but the precision.
+) -> tuple[AnnotateSettings, str | None]:
+    """Settings whose encoding is one if it was `auto:EPS`, and why it is that: the one known for the store at `out`, or
+    one that is found now and, with `keep`, known from then on. The settings leave nothing else to the device but the
+    precision.
 
     Raises:
         SpecError: EPS is no number above 0.
         StoreMismatch: the encoding of the store was chosen for another EPS.
     """
     if not settings.encoding.startswith("auto"):
-        return settings
+        return settings, None
     most = _parse(settings.encoding)
     path = out / "encoding.json" if out is not None else None
     known = _read(path) if path is not None else None
@@ -68,7 +69,8 @@ def choose_encoding(
             f"{path}: this store's encoding, {known['encoding']}, was chosen for {known['asked']}, not "
             f"{settings.encoding}\nuse {known['asked']} or {known['encoding']} to go on with it, or another --out"
         )
-    return settings.model_copy(update={"encoding": known["encoding"]})
+    why = str(known.get("why", f"chosen for {known['asked']} when the store was begun"))
+    return settings.model_copy(update={"encoding": known["encoding"]}), why
 
 
 def smallest(labeled: Sequence[Labeled], most: float, samples: float) -> tuple[str, dict[str, float]]:
@@ -79,8 +81,6 @@ def smallest(labeled: Sequence[Labeled], most: float, samples: float) -> tuple[s
     weight_N = torch.cat([torch.full((len(one.rows),), one.weight / max(len(one.rows), 1)) for one in labeled]).double()
     num_classes = logits_NC.shape[-1]
     left = max(0.0, 1 - sum(one.samples for one in labeled) / max(samples, 1))
-    id_bytes = 2 if num_classes <= 1 << 16 else 4
-    largest = min((2 * num_classes - 12 - 1) // (2 + id_bytes), num_classes - 1)  # beyond, dense takes fewer bytes
 
     def lost(encoding: Encoding) -> tuple[Tensor, bool]:
         mean_T, error_T = _mean(_divergence(encoding, logits_NC), weight_N)
@@ -89,7 +89,7 @@ def smallest(labeled: Sequence[Labeled], most: float, samples: float) -> tuple[s
     if not len(logits_NC):
         raise SpecError("auto: not one sample of the probe could be labeled; name an encoding yourself")
     chosen: Encoding = Dense()
-    low, high = 1, largest + 1
+    low, high = 1, _largest(num_classes) + 1
     while low < high:
         middle = (low + high) // 2
         if lost(TopK(middle))[1]:
@@ -98,6 +98,28 @@ def smallest(labeled: Sequence[Labeled], most: float, samples: float) -> tuple[s
             low = middle + 1
     means = lost(chosen)[0].tolist()
     return chosen.name, {f"{t:g}": float(f"{kl:.6g}") for t, kl in zip(chosen.temperatures, means, strict=True)}
+
+
+def _largest(num_classes: int) -> int:
+    """The largest K that takes fewer bytes than all logits; below 1 if none does."""
+    id_bytes = 2 if num_classes <= 1 << 16 else 4
+    return min((2 * num_classes - 12 - 1) // (2 + id_bytes), num_classes - 1)
+
+
+def _why(asked: str, name: str, kl: dict[str, float], samples: int, num_classes: int) -> str:
+    """A line for people."""
+    if name != Dense().name:
+        temperature, worst = max(kl.items(), key=lambda one: one[1])
+        return f"the fewest classes for {asked}: {worst:.2g} nats lost at T = {temperature}, on {samples} samples"
+    largest = _largest(num_classes)
+    more = f"more take more bytes than all {num_classes} logits"
+    if largest < 1:
+        return f"any topk:K takes more bytes than all {num_classes} logits"
+    return (
+        f"topk:1 loses more than {asked} allows; {more}"
+        if largest == 1
+        else (f"topk:1 to topk:{largest} lose more than {asked} allows; {more}")
+    )
 
 
 def _divergence(encoding: Encoding, logits_NC: Tensor) -> Tensor:
@@ -130,7 +152,9 @@ def _probe(
         probe = Probe(teacher, engine, census.picks, len(shards), scratch, seed=0)
         labels = probe.label(probe.cut(SAMPLES), dense, identity, math.inf)
     name, kl = smallest(labels.labeled, most, census.samples)
-    return {"encoding": name, "samples": sum(one.samples for one in labels.labeled), "kl": kl}
+    samples = sum(one.samples for one in labels.labeled)
+    why = _why(settings.encoding, name, kl, samples, identity.num_classes)
+    return {"encoding": name, "samples": samples, "kl": kl, "why": why}
 
 
 def _parse(spec: str) -> float:

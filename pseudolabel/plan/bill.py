@@ -122,7 +122,7 @@ def plan(
     settings = choose_precision(settings, engine)
     place = storage.location(out) if out else None
     settings = choose_batch_size(settings, teacher, engine, place, keep=False)
-    settings = choose_encoding(settings, teacher, engine, shards, place, keep=False)
+    settings, _ = choose_encoding(settings, teacher, engine, shards, place, keep=False)
     loaded = teacher.load(torch.device("cpu"))
     settings = settle(settings, engine.devices()[0], loaded)
     identity, dense = identify(loaded, settings), settings.model_copy(update={"encoding": "dense"})

@@ -23,6 +23,7 @@ from pseudolabel import storage
 from pseudolabel.errors import DamagedPart, OutputExists, SelectionError, StoreError, StoreMismatch
 from pseudolabel.labels import schema
 from pseudolabel.labels.store import Store
+from pseudolabel.outputs import check_outside_stores
 from pseudolabel.storage import Location
 
 FORMAT_VERSION = 1
@@ -115,7 +116,7 @@ def part_path(root: Location, shard: str) -> Location:
 
 def check_place(root: Location, *, overwrite: bool) -> None:
     """Raise `OutputExists` if `root` holds a selection that is not to be overwritten, or anything that is none: the
-    parts of a store have the same names.
+    parts of a store have the same names. So it does if `root` lies in a store.
     """
     if not storage.is_remote(root) and isinstance(root, Path) and root.exists() and not root.is_dir():
         raise OutputExists(f"{root}: is a file; choose another --out")
@@ -125,18 +126,35 @@ def check_place(root: Location, *, overwrite: bool) -> None:
         raise OutputExists(
             f"{root}: holds {(strangers or ['parts'])[0]!r}, which is not of a selection; choose another --out"
         )
+    check_outside_stores(root)
     if "selection.json" in names and not overwrite:
         raise OutputExists(f"{root}: holds a selection; add --overwrite, or choose another --out")
 
 
 def write_selection(
-    root: Location, facts: Mapping[str, Any], parts: Iterator[tuple[str, pa.Table]], sha256: Mapping[str, str]
+    root: Location,
+    facts: Mapping[str, Any],
+    parts: Iterator[tuple[str, pa.Table]],
+    sha256: Mapping[str, str],
+    *,
+    overwrite: bool,
 ) -> Selection:
     """Write the parts, of shards with these hashes, then selection.json, which makes it one. What was there of another
-    one is removed first. Raises `StorageError`.
+    one is removed first. Raises `StorageError`, and `OutputExists` if another process was quicker or is at work there.
     """
     facts = {"format_version": FORMAT_VERSION, "kind": "selection", **facts}
     facts["fingerprint"] = fingerprint(facts)
+    with storage.held(root):
+        check_place(root, overwrite=overwrite)
+        for directory in (root, root / "parts"):
+            storage.remove_stale(directory)
+        _write(root, facts, parts, sha256)
+    return Selection(root, facts)
+
+
+def _write(
+    root: Location, facts: Mapping[str, Any], parts: Iterator[tuple[str, pa.Table]], sha256: Mapping[str, str]
+) -> None:
     storage.write_atomic(root / _BEGUN, json.dumps({"fingerprint": facts["fingerprint"]}) + "\n")
     storage.discard(root / "selection.json")
     names = set()
@@ -150,4 +168,3 @@ def write_selection(
             storage.discard(root / "parts" / stale.name)
     storage.write_atomic(root / "selection.json", json.dumps(facts, indent=1) + "\n")
     storage.discard(root / _BEGUN)
-    return Selection(root, facts)

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from pseudolabel.estimates import wilson
 from pseudolabel.labels.store import Store
-from pseudolabel.selection.rules import exact_sum, filters
+from pseudolabel.selection.rules import LIMITS, eligible, exact_sum, limits
 from pseudolabel.settings import SelectSettings
 
 if TYPE_CHECKING:
     from pseudolabel.database import Connection
 
 
-def why_nothing(connection: Connection, settings: SelectSettings, store: Store) -> str:
-    """The message for an empty selection: how many rows there were, and what they reach."""
-    total, unlabeled, free, top = connection.execute(
-        "select count(*), count(*) filter (label is null), count(*) filter (not excluded), max(confidence) from scores"
-    ).fetchall()[0]
+def why_nothing(
+    connection: Connection, settings: SelectSettings, store: Store, thresholds: Mapping[int, float] | float | None
+) -> str:
+    """The message for an empty selection: what left nothing, and what would have passed."""
+    total, unlabeled = connection.execute("select count(*), count(*) filter (label is null) from scores").fetchall()[0]
     if not total:
         return f"{store.root}: has no rows; annotate shards into it first"
     if not unlabeled and not settings.include_labeled:
@@ -25,12 +28,56 @@ def why_nothing(connection: Connection, settings: SelectSettings, store: Store) 
             f"{store.root}: all {total} rows carry a label, and such rows are evidence; annotate unlabeled shards into "
             "this store, or add --include-labeled"
         )
-    if not free:
-        return f"{store.root}: all {total} rows are excluded; is --exclude of these shards?"
+    passing = eligible(settings)
+    left = _count(connection, passing)
+    if not left:
+        free = total if settings.include_labeled else unlabeled
+        return f"{store.root}: all {free} rows that could be selected are excluded; is --exclude of these shards?"
+    for name, limit in limits(settings).items():
+        passed = _count(connection, f"{passing} and {limit}")
+        if not passed:
+            flag = f"--{name.replace('_', '-')}"
+            return (
+                f"{store.root}: none of {_rows(left, total, settings, unlabeled)} passes {flag} "
+                f"{getattr(settings, name):g}; the {_nearest(connection, name, passing)}\nloosen {flag}"
+            )
+        passing, left = f"{passing} and {limit}", passed
+    found = f"{store.root}: none of {_rows(left, total, settings, unlabeled)} reaches "
+    remedy = "\nlower --target-precision or --certainty, or annotate more labeled shards into this store"
+    if isinstance(thresholds, Mapping):
+        return (
+            f"{found}its class's threshold for --target-precision {settings.target_precision:g}: {len(thresholds)} of "
+            f"{store.identity.num_classes} classes have one{remedy}"
+        )
     return (
-        f"{store.root}: none of {total} rows passes ({filters(settings).replace('::float', '')}); the largest "
-        f"confidence is {top:.4f}\nloosen the rules"
+        f"{found}the confidence of {thresholds:.7g} from which on --target-precision {settings.target_precision:g} is "
+        f"kept; the {_nearest(connection, 'min_confidence', passing)}{remedy}"
     )
+
+
+def why_weightless(settings: SelectSettings, store: Store) -> str:
+    """The message for a selection in which no row has any weight."""
+    return (
+        f"{store.root}: --weight {settings.weight} gives every row that passes the weight 0: the teacher takes all "
+        "classes for as likely\nleave out --weight, or look at the teacher"
+    )
+
+
+def _count(connection: Connection, where: str) -> int:
+    found = connection.execute(f"select count(*) from scores where {where}").fetchall()
+    return int(found[0][0])
+
+
+def _rows(left: int, total: int, settings: SelectSettings, unlabeled: int) -> str:
+    return f"{left} rows" if left == (total if settings.include_labeled else unlabeled) else f"the {left} rows left"
+
+
+def _nearest(connection: Connection, name: str, where: str) -> str:
+    """The value that the limit of this name would have to have for one row to pass."""
+    column, comparison = LIMITS[name]
+    which, of = ("largest", "max") if comparison == ">=" else ("smallest", "min")
+    value = connection.execute(f"select {of}({column}) from scores where {where}").fetchall()[0][0]
+    return f"{which} {column} of these is {np.float32(value)!s}"
 
 
 def findings(connection: Connection, settings: SelectSettings, store: Store) -> dict[str, Any]:

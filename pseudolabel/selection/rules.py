@@ -17,22 +17,37 @@ from pseudolabel.settings import SelectSettings
 if TYPE_CHECKING:
     from pseudolabel.database import Connection
 
-_LIMITS = {
-    "min_confidence": "confidence >= ",
-    "min_margin": "margin >= ",
-    "max_entropy": "entropy <= ",
-    "max_disagreement": "disagreement <= ",
+LIMITS = {
+    "min_confidence": ("confidence", ">="),
+    "min_margin": ("margin", ">="),
+    "max_entropy": ("entropy", "<="),
+    "max_disagreement": ("disagreement", "<="),
 }
+"""Settings that are limits, in the order in which they are told: the column, and how a row must compare with them."""
+
 _LARGEST = 3e38  # of a float32, nearly
 _MOST_KEPT = 999_999  # values that DuckDB's max(value, n) keeps
 _ORDER = "confidence desc, entropy, part, index"
 
 
+def limits(settings: SelectSettings) -> dict[str, str]:
+    """By setting, what a row must be like, as SQL. Limits are compared as the columns are kept, in float32."""
+    given = {name: getattr(settings, name) for name in LIMITS}
+    return {
+        name: f"{' '.join(LIMITS[name])} {min(value, _LARGEST)!r}::float"
+        for name, value in given.items()
+        if value is not None
+    }
+
+
 def filters(settings: SelectSettings) -> str:
-    """What a row must be like, as SQL. Limits are compared as the columns are kept, in float32."""
-    given = {name: getattr(settings, name) for name in _LIMITS}
-    parts = [f"{_LIMITS[name]}{min(value, _LARGEST)!r}::float" for name, value in given.items() if value is not None]
-    return " and ".join(parts) or "true"
+    """All limits as one."""
+    return " and ".join(limits(settings).values()) or "true"
+
+
+def eligible(settings: SelectSettings) -> str:
+    """Which rows may be selected at all, as SQL."""
+    return "not excluded" if settings.include_labeled else "not excluded and label is null"
 
 
 def mark_candidates(
@@ -41,7 +56,6 @@ def mark_candidates(
     """Make the views `candidates` and `passing`, the evidence that fares as they do; `thresholds` are of all rows, or
     by class (others have no candidates). Returns how many candidates there are.
     """
-    among = "true" if settings.include_labeled else "label is null"
     reached = "true"
     if isinstance(thresholds, Mapping):
         connection.execute("create table thresholds(pred int, least float)")
@@ -51,15 +65,17 @@ def mark_candidates(
     elif thresholds is not None:
         reached = f"confidence >= {thresholds!r}::float"
     connection.execute(
-        f"create view candidates as select * from scores s where {among} and not excluded and {filters(settings)} "
+        f"create view candidates as select * from scores s where {eligible(settings)} and {filters(settings)} "
         f"and {reached}"
     )
     connection.execute(f"create view passing as select * from evidence s where {filters(settings)} and {reached}")
     return _number(connection, "select count(*) from candidates")
 
 
-def choose(connection: Connection, settings: SelectSettings, num_classes: int) -> None:
-    """Make the table `chosen(part, index, pred, confidence, label, weight)`; weights have a mean of 1."""
+def choose(connection: Connection, settings: SelectSettings, num_classes: int) -> int:
+    """Make the table `chosen(part, index, pred, confidence, label, weight)`; weights have a mean of 1. Returns how many
+    rows were chosen: rows of weight 0 are not.
+    """
     size = _class_size(connection, settings)
     most = min((number for number in (settings.top_per_class, size) if number is not None), default=None)
     if most is None:
@@ -85,6 +101,7 @@ def choose(connection: Connection, settings: SelectSettings, num_classes: int) -
     )
     mean = f"(select {exact_sum('weight')} / count(*) from weighed)"
     connection.execute(f"create table chosen as select * replace ((weight / {mean})::float as weight) from weighed")
+    return _number(connection, "select count(*) from chosen")
 
 
 def exact_sum(column: str) -> str:

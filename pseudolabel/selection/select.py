@@ -27,7 +27,7 @@ from pseudolabel.labels.footers import read_footers
 from pseudolabel.labels.store import Store, open_store
 from pseudolabel.selection import Selection, check_place, write_selection
 from pseudolabel.selection.exclusion import Exclusion, excluded_positions, recorded
-from pseudolabel.selection.findings import findings, why_nothing
+from pseudolabel.selection.findings import findings, why_nothing, why_weightless
 from pseudolabel.selection.manifest import manifest_parts
 from pseudolabel.selection.precision import lowest_threshold
 from pseudolabel.selection.rules import choose, filters, mark_candidates
@@ -92,7 +92,8 @@ def select(
     Raises:
         SelectionError: nothing is left, or no threshold reaches the target.
         StoreMismatch: the calibration is of another store.
-        OutputExists: `out` holds a selection and is not to be overwritten, or something else.
+        OutputExists: `out` holds a selection and is not to be overwritten, or something else; another process is at
+            work there; or it lies in a store.
     """
     started = time.monotonic()
     settings = settings or SelectSettings()
@@ -112,8 +113,9 @@ def select(
         _mark_evidence(connection, store, shards, evidence)
         thresholds = _thresholds(connection, settings, store)
         if not mark_candidates(connection, settings, thresholds):
-            raise SelectionError(why_nothing(connection, settings, store))
-        choose(connection, settings, store.identity.num_classes)
+            raise SelectionError(why_nothing(connection, settings, store, thresholds))
+        if not choose(connection, settings, store.identity.num_classes):
+            raise SelectionError(why_weightless(settings, store))
         found = findings(connection, settings, store)
         counts = dict(connection.execute("select part, count(*) from chosen group by part").fetchall())
         content = "\n".join(f"{name} {digest}" for name, digest in sha256.items())
@@ -128,7 +130,8 @@ def select(
             "shards": {name: counts.get(part, 0) for part, name in enumerate(shards)},
             **found,
         }
-        written = write_selection(root, facts, manifest_parts(connection, shards, store.identity.num_views), sha256)
+        parts = manifest_parts(connection, shards, store.identity.num_views)
+        written = write_selection(root, facts, parts, sha256, overwrite=overwrite)
     return _result(written, round(time.monotonic() - started, 3))
 
 

@@ -174,7 +174,9 @@ def discard(path: Location) -> None:
             raise
 
 
-def remove_stale(directory: Location) -> None:
-    """Delete temporary files in `directory` whose writer is gone; an object storage has none."""
+def remove_stale(directory: Location, of: str | None = None) -> None:
+    """Delete temporary files in `directory`, all or those of the file named `of`, whose writer is gone; an object
+    storage has none.
+    """
     if not isinstance(directory, RemotePath):
-        local.remove_stale(directory)
+        local.remove_stale(directory, of)

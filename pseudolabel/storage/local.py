@@ -8,6 +8,7 @@ it, so the next writer can tell a stale temporary from one in use (`remove_stale
 from __future__ import annotations
 
 import fcntl
+import glob
 import os
 import secrets
 from collections.abc import Iterator
@@ -157,9 +158,11 @@ def _entry(name: str, status: os.stat_result) -> Entry:
     return Entry(name, status.st_size, status.st_mtime_ns)
 
 
-def remove_stale(directory: Path) -> None:
-    """Delete temporary files in `directory` whose writer is gone; those of living writers stay."""
-    for path in directory.glob(f".*{_TEMPORARY}*"):
+def remove_stale(directory: Path, of: str | None = None) -> None:
+    """Delete temporary files in `directory`, all or those of the file named `of`, whose writer is gone; those of living
+    writers stay.
+    """
+    for path in directory.glob(f".{'*' if of is None else glob.escape(of)}{_TEMPORARY}*"):
         try:
             descriptor = os.open(path, os.O_RDWR)
         except OSError:
