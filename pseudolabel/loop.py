@@ -28,6 +28,8 @@ from pseudolabel.precision import autocast
 from pseudolabel.processes import helper_start
 from pseudolabel.rundir import RunDirectory
 from pseudolabel.settings import TrainSettings
+from pseudolabel.starting import start_from
+from pseudolabel.students.start import Start
 from pseudolabel.validate import Validation
 from pseudolabel.views.image import Normalize
 
@@ -64,6 +66,7 @@ class TrainingLoop:
         device: torch.device,
         workers: int,
         team: Team | None = None,
+        start: Start | None = None,
     ) -> None:
         if settings.precision == "fp16" and device.type != "cuda":
             raise SpecError("--precision fp16 needs a GPU (its gradients underflow without scaling); use fp32 or bf16")
@@ -79,7 +82,9 @@ class TrainingLoop:
         self._first = self._team.world.first
         self._num_classes = len(card.classes)
         torch.manual_seed(settings.seed)
-        self.body = self._team.with_shared_norms(card.build(), device).to(device)
+        body = card.build()
+        self.notes = (start_from(start, body, card),) if start is not None else ()
+        self.body = self._team.with_shared_norms(body, device).to(device)
         self._layout = training_layout(self.body)
         self.body.to(memory_format=self._layout)
         self._team.take_from_first(self.body.state_dict().values())

@@ -215,7 +215,9 @@ class _Pipeline:
             f"round {number}: training {self.recipe.train.student} on {count} soft labels{_done(directory / 'student')}"
         )
         settings = self.recipe.train.model_copy(update={"seed": self.recipe.train.seed + number - 1})
-        result = self._train(settings, directory / "student", trust=trust)
+        warm = self.recipe.rounds.init == "warm" and number > 1
+        before = self.out / f"round-{number - 1}" / "student" if warm else None
+        result = self._train(settings, directory / "student", trust=trust, init_from=before)
         return self._row(number, " + ".join(teacher_uris), settings.student, directory / "student", result), result
 
     def control(self, steps: int) -> Round:
@@ -226,7 +228,13 @@ class _Pipeline:
         return self._row(0, "none", settings.student, self.out / "control", result)
 
     def _train(
-        self, settings: TrainSettings, directory: Location, *, control: bool = False, trust: Trust | None = None
+        self,
+        settings: TrainSettings,
+        directory: Location,
+        *,
+        control: bool = False,
+        trust: Trust | None = None,
+        init_from: Location | None = None,
     ) -> TrainResult:
         store = None if control else open_store(directory.parent / "store")
         return train(
@@ -239,10 +247,12 @@ class _Pipeline:
             selection=trust.selection if trust is not None else None,
             calibration=trust.calibration if trust is not None else None,
             classes=self.classes,
+            init_from=init_from,
             device=self.place.device,
             workers=self.place.workers,
             threads=self.place.threads,
             on_progress=self.watcher.training,
+            on_note=lambda note: self.watcher.stage(f"note: {note}"),
         )
 
     def _row(self, number: int, teacher: str, student: str, directory: Location, result: TrainResult) -> Round:
