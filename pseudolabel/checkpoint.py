@@ -118,9 +118,20 @@ def load_weights(directory: Location, body: nn.Module, sha256: str | None = None
     path = directory / "model.safetensors"
     state = read_state(path, sha256)
     try:
-        body.load_state_dict(state)
+        load_tensors(body, state)
     except RuntimeError as error:
         raise DamagedModel(_does_not_load(path, error)) from error
+
+
+def load_tensors(body: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Fill `state` into `body`, name by name. Neither files nor plain dicts keep the versions of layers that lie beside
+    a module's own tensors, and MNASNet fails without: they are today's.
+    """
+    versioned = body.state_dict()
+    if versioned.keys() != state.keys():
+        versioned.clear()  # torch says best what is missing
+    versioned.update(state)
+    body.load_state_dict(versioned)
 
 
 def read_state(path: Location, sha256: str | None = None) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from pseudolabel.checkpoint import ModelCard, flatten_optimizer, load_state, restore_optimizer, save_state
+from pseudolabel.checkpoint import ModelCard, flatten_optimizer, load_state, load_tensors, restore_optimizer, save_state
 from pseudolabel.dataset import Batch, CarriedErrors, TrainingBatches
 from pseudolabel.distributed import State, Team
 from pseudolabel.errors import Diverged, OutOfMemory, PseudolabelError, SpecError, WorkerDied
@@ -145,7 +145,7 @@ class TrainingLoop:
         """The network with the weights to keep."""
         body = self._average.module if self._average is not None else self.body
         if self._best:
-            body.load_state_dict(self._best)
+            load_tensors(body, self._best)
         if not all(bool(torch.isfinite(one).all()) for one in body.state_dict().values() if one.is_floating_point()):
             raise Diverged(
                 f"{self._run.place}: the weights are no longer finite; use a smaller --lr, or --precision fp32"
@@ -260,11 +260,11 @@ class TrainingLoop:
             return
         facts, groups = state
         self._facts = {name: facts[name] for name in self._facts}
-        self.body.load_state_dict(groups["model"])
+        load_tensors(self.body, groups["model"])
         if self._first:
             self._best = {name: tensor.to(self._device) for name, tensor in groups["best"].items()}
         if self._average is not None:
-            self._average.load_state_dict(groups["average"])
+            load_tensors(self._average, groups["average"])
         restore_optimizer(self._optimizer, groups["optimizer"])
         self._scaler.load_state_dict(facts["scaler"])
 

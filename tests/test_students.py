@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,12 @@ from torchvision.models import get_model, get_model_weights
 
 from pseudolabel.checkpoint import ModelCard, load_model, save_model
 from pseudolabel.errors import DamagedModel, OutputExists, SpecError
+from pseudolabel.loop import TrainProgress
 from pseudolabel.settings import TrainSettings
 from pseudolabel.starting import find_start, start_from
 from pseudolabel.students import parse_student
 from pseudolabel.train import TrainResult, preprocessing_of, train
+from pseudolabel.views.image import square
 
 SMALL = TrainSettings(student="small:resnet8?width=4", image_size=12, channels=1, steps=2, batch_size=8, eval_every=1)
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -83,8 +86,12 @@ def test_a_student_trains_and_reads_back_as_it_was(
     corpus: Path, tmp_path: Path, hf_dir: Path, student: str, size: int, channels: int
 ) -> None:
     """Without the directory that its config came from, if it came from one: the model is whole by itself."""
-    result = _train(corpus, tmp_path / "run", _settings(student.format(hf=hf_dir), size, channels), val=corpus / "val")
+    settings = _settings(student.format(hf=hf_dir), size, channels)
+    result = _train(corpus, tmp_path / "run", settings, val=corpus / "val")
     assert (result.steps, result.notes) == (2, ())
+    _train(corpus, tmp_path / "same", settings, val=corpus / "val")
+    files = [tmp_path / name / "model.safetensors" for name in ("run", "same")]
+    assert files[0].read_bytes() == files[1].read_bytes(), "the seed decides it"
     shutil.rmtree(hf_dir)
     model = load_model(tmp_path / "run", CPU, trust_code=True)
     again = load_model(tmp_path / "run", CPU, trust_code=True)
@@ -95,6 +102,20 @@ def test_a_student_trains_and_reads_back_as_it_was(
     assert torch.equal(logits, logits_of(again, *images))
     saved = load_file(tmp_path / "run" / "model.safetensors")
     assert all(torch.equal(tensor, saved[name]) for name, tensor in model.model[1].state_dict().items())
+
+
+def test_layers_that_ask_for_their_version_train_resume_and_load(corpus: Path, tmp_path: Path) -> None:
+    """MNASNet's: its training failed at the end, and its checkpoints could not be read."""
+    settings = _settings("torchvision:mnasnet0_5", steps=4)
+
+    def stop(progress: TrainProgress) -> None:
+        if progress.step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        _train(corpus, tmp_path / "run", settings, val=corpus / "val", on_progress=stop)
+    assert _train(corpus, tmp_path / "run", settings, val=corpus / "val").steps == 4
+    assert load_model(tmp_path / "run", CPU).classes == tuple("0123")
 
 
 def test_arguments_reach_the_architecture(hf_dir: Path) -> None:
@@ -182,6 +203,23 @@ def test_timms_weights_from_a_file(tmp_path: Path, classes: int) -> None:
         assert {name for name in wanted if not torch.equal(found[name], wanted[name])} == {"fc.weight", "fc.bias"}
         assert "with a new head (3 here): fc.bias, fc.weight begin random" in note
     assert card.preprocessing.mean == tuple(timm.get_pretrained_cfg("test_resnet").mean)
+
+
+def test_timms_published_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the hub's cache: their own loading, then a head for other classes. Without them, what to do instead."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(SpecError, match=r"can't be had \(.*\)\n.*weights_file=FILE"):
+        _begin("timm:test_resnet?pretrained=true", ("a", "b"))
+    torch.manual_seed(3)
+    wanted = timm.create_model("test_resnet").state_dict()
+    hub = tmp_path / f"models--{timm.get_pretrained_cfg('test_resnet').hf_hub_id.replace('/', '--')}"
+    (hub / "refs").mkdir(parents=True)
+    (hub / "refs" / "main").write_text("0" * 40)
+    (hub / "snapshots" / ("0" * 40)).mkdir(parents=True)
+    save_file(wanted, hub / "snapshots" / ("0" * 40) / "model.safetensors")
+    found, note, _ = _begin("timm:test_resnet?pretrained=true", ("a", "b"))
+    assert {name for name in wanted if not torch.equal(found[name], wanted[name])} == {"fc.weight", "fc.bias"}
+    assert "starts from timm:test_resnet?pretrained=True with a new head" in note
 
 
 def test_timms_weights_become_those_of_grey_images_of_another_size(tmp_path: Path) -> None:
@@ -340,8 +378,8 @@ def test_resume_goes_on_from_the_checkpoint_and_with_the_same_weights_only(corpu
         named_model(tmp_path / name, tuple("0123"), seed=seed)
     settings = SMALL.model_copy(update={"steps": 30})
 
-    def stop(progress: object) -> None:
-        if progress.step == 20:  # type: ignore[attr-defined]
+    def stop(progress: TrainProgress) -> None:
+        if progress.step == 20:
             raise KeyboardInterrupt
 
     _train(corpus, tmp_path / "whole", settings, init_from=tmp_path / "one")
@@ -354,6 +392,22 @@ def test_resume_goes_on_from_the_checkpoint_and_with_the_same_weights_only(corpu
     _train(corpus, tmp_path / "run", settings, init_from=tmp_path / "moved")
     files = [tmp_path / name / "model.safetensors" for name in ("run", "whole")]
     assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_run_takes_the_place_of_the_specs_weights(tmp_path: Path) -> None:
+    """Or else a warm round would begin at the published weights again."""
+    card = ModelCard("timm:test_resnet", ("a", "b"), square(32, 3))
+    save_model(tmp_path / "run", card, card.build())
+    found, note, _ = _begin("timm:test_resnet?pretrained=true", ("a", "b"), init_from=tmp_path / "run")
+    _equal(found, load_file(tmp_path / "run" / "model.safetensors"), set())
+    assert f"starts from {tmp_path / 'run'}, head included" in note
+
+
+@pytest.mark.parametrize(("student", "package"), [("timm:test_vit", "timm"), ("hf:anything", "transformers")])
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, student: str, package: str) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(SpecError, match=rf"pip install 'pseudolabel\[{student.partition(':')[0]}\]'"):
+        parse_student(student)
 
 
 def test_without_a_listener_the_note_is_a_warning(corpus: Path, tmp_path: Path) -> None:
