@@ -45,7 +45,8 @@ def find_start(
 
 
 def _of_file(path: Location) -> Start:
-    return Start(os.fspath(path), read_state(path))
+    advice = "name the architecture that they were saved from; a published file goes into the spec, weights_file=FILE"
+    return Start(os.fspath(path), read_state(path), advice=advice)
 
 
 def _of_run(directory: Location) -> Start:

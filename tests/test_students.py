@@ -14,12 +14,14 @@ import timm
 import torch
 import transformers
 from commands import FEW, Invoke, Refuse
+from object_stores import Bucket
 from safetensors.torch import load_file, save_file
 from small_models import CPU, logits_of, named_model
 from small_teachers import make_hf, noise
 from torch import Tensor
 from torchvision.models import get_model, get_model_weights
 
+from pseudolabel import storage
 from pseudolabel.checkpoint import ModelCard, load_model, save_model
 from pseudolabel.errors import DamagedModel, OutputExists, SpecError
 from pseudolabel.loop import TrainProgress
@@ -129,14 +131,10 @@ def test_arguments_reach_the_architecture(hf_dir: Path) -> None:
         parse_student(f"hf:{hf_dir}?num_labels=16")
 
 
-def test_a_config_that_says_nothing_of_channels_takes_colours(tmp_path: Path) -> None:
-    transformers.LevitConfig(
-        hidden_sizes=[16, 16, 16], num_attention_heads=[1, 1, 1], depths=[1, 1, 1]
-    ).save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    student = parse_student("hf:x", {name: value for name, value in config.items() if name != "num_channels"})
+def test_a_config_that_says_nothing_of_channels_takes_colours() -> None:
+    """CLIP's number of channels lies in the config of its vision tower, out of reach."""
     with pytest.raises(SpecError, match="use --channels 3"):
-        student.build(3, 1)
+        parse_student("hf:x", {"model_type": "clip"}).build(3, 1)
 
 
 def test_a_config_edited_between_two_starts_is_refused(corpus: Path, tmp_path: Path, hf_dir: Path) -> None:
@@ -410,6 +408,15 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, student: st
         parse_student(student)
 
 
+@pytest.mark.parametrize("source", ["torchvision:squeezenet1_1", "timm:test_resnet", "hf:{hf}"])
+def test_a_file_of_a_whole_training_is_refused(tmp_path: Path, hf_dir: Path, source: str) -> None:
+    """Its tensors lie one level down."""
+    torch.save({"state_dict": {"weight": torch.zeros(3)}, "epoch": 3}, tmp_path / "w.pth")
+    with pytest.raises(SpecError) as caught:
+        _begin(f"{source.format(hf=hf_dir)}?weights_file={tmp_path / 'w.pth'}", ("a", "b"))
+    assert len(str(caught.value).splitlines()) <= 5
+
+
 def test_without_a_listener_the_note_is_a_warning(corpus: Path, tmp_path: Path) -> None:
     named_model(tmp_path / "one", tuple("abcd"))
     with pytest.warns(UserWarning, match=r"starts from .* with a new head"):
@@ -444,3 +451,15 @@ def test_the_command_says_what_it_starts_from(corpus: Path, tmp_path: Path, invo
     assert f"note: {note}\n" in err
     assert "with a new head (classes of other names there, 4 here): head.bias, head.weight begin random" in note
     refuse(*arguments, kind="OutputExists", said=r"\(initial_weights\)")
+
+
+def test_a_run_at_a_url_will_do(corpus: Path, tmp_path: Path, bucket: Bucket) -> None:
+    named_model(tmp_path / "one", tuple("0123"))
+    for name in ("model.json", "model.safetensors"):
+        target = storage.location(f"{bucket.url}/one/{name}")
+        with storage.atomic_file(target) as file:
+            shutil.copy(tmp_path / "one" / name, file)
+    result = _train(corpus, tmp_path / "run", init_from=f"{bucket.url}/one")
+    assert f"starts from {bucket.url}/one, head included" in result.notes[0]
+    assert _train(corpus, tmp_path / "run", init_from=tmp_path / "one") == result
+    _train(corpus, tmp_path / "other", init_from=f"{bucket.url}/one/model.safetensors")

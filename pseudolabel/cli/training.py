@@ -137,7 +137,7 @@ def train(
     if not world.first:
         return None
     print_pairs(
-        {name: value for name, value in dataclasses.asdict(result).items() if value not in (None, ())},
+        {name: value for name, value in dataclasses.asdict(result).items() if value is not None and name != "notes"},
         for_people(as_json),
     )
     return dataclasses.asdict(result)

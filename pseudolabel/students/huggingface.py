@@ -39,14 +39,13 @@ class HuggingFaceStudent:
 
     def build(self, num_classes: int, channels: int) -> nn.Module:
         transformers = library(self.spec)
-        config = {**self.config, "num_labels": num_classes}
-        if "num_channels" in config:
-            config["num_channels"] = channels
-        elif channels != 3:
-            raise SpecError(f"{self.spec}: its config has no num_channels, so it takes colours; use --channels 3")
         auto = transformers.AutoModelForImageClassification
         try:
-            made = transformers.AutoConfig.for_model(**config)
+            made = transformers.AutoConfig.for_model(**self.config, num_labels=num_classes)
+            if hasattr(made, "num_channels"):
+                made.num_channels = channels
+            elif channels != 3:
+                raise ValueError("it has no num_channels and so takes colours: use --channels 3")
             return Logits(auto.from_config(made, dtype=torch.float32, trust_remote_code=False))
         except Exception as error:  # a config's values are checked in many places, in as many ways
             raise SpecError(
@@ -90,12 +89,12 @@ def make(spec: Spec, config: Mapping[str, Any] | None = None) -> HuggingFaceStud
 def _read_config(spec: Spec) -> dict[str, Any]:
     with explain(spec, "its config can't be loaded"):
         found = library(spec).AutoConfig.from_pretrained(spec.name, trust_remote_code=False)
-    # Not the difference to the defaults, which another version of transformers may change.
-    config = {name: value for name, value in found.to_dict().items() if name not in (*NOT_IDENTITY, "auto_map")}
+    known, kept = found.to_dict(), found.to_diff_dict()  # as transformers itself keeps it: what is no default
+    config = {name: value for name, value in kept.items() if name not in (*NOT_IDENTITY, "auto_map")}
     changed = {name: value for name, value in spec.args if name not in _OURS}
     for name in changed:
         if name in _THE_DATAS:
             raise SpecError(f"{spec}: leave {name}= out: the data says it")
-        if name not in config or name == "model_type":
-            raise SpecError(f"{spec}: its config has no {name!r}{specs.nearest(name, config)}")
+        if name not in known or name == "model_type":
+            raise SpecError(f"{spec}: its config has no {name!r}{specs.nearest(name, known)}")
     return {**config, **changed}

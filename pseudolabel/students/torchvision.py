@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torchvision.models
-from torch import nn
+from torch import Tensor, nn
 from torchvision.models import get_model, list_models
 
 from pseudolabel import specs
@@ -47,7 +47,7 @@ class TorchvisionStudent:
             return None
         named = tuple(pair for pair in self.spec.args if pair[0] == "weights")
         teacher = TorchvisionTeacher(Spec("torchvision", self.spec.name, named))
-        state = read_file(str(args["weights_file"])) if "weights_file" in args else teacher.body().state_dict()
+        state = _read(str(args["weights_file"])) if "weights_file" in args else teacher.body().state_dict()
         state = {name: tensor for name, tensor in state.items() if not name.startswith(_AUXILIARY)}
         images = teacher.preprocessing
         return Start(str(args.get("weights_file", self.spec)), state, (images.mean, images.std))
@@ -76,3 +76,11 @@ def make(spec: Spec, config: object = None) -> TorchvisionStudent:
     if "num_classes" in args:
         raise SpecError(f"{spec}: the data says how many classes there are; leave num_classes= out")
     return TorchvisionStudent(spec)
+
+
+def _read(path: str) -> dict[str, Tensor]:
+    state = read_file(path)
+    for name, value in state.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise SpecError(f"{path}: holds more than tensors by name, such as {name!r}; save model.state_dict() alone")
+    return state
