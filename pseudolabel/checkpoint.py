@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from pseudolabel import specs, storage
-from pseudolabel.classifier import Classifier, make_classifier, weights_sha256
+from pseudolabel.classifier import Classifier, make_classifier, state_sha256, weights_sha256
 from pseudolabel.errors import DamagedModel, SpecError
 from pseudolabel.storage import Location
 from pseudolabel.students import build_student
@@ -40,10 +40,16 @@ class ModelCard:
     student: str
     classes: tuple[str, ...]
     preprocessing: Preprocessing
+    config: Mapping[str, Any] | None = None  # where the student's spec doesn't say all of the architecture
+
+    def bare(self, num_classes: int) -> nn.Module:
+        """The architecture for so many classes, untrained and untried. Raises `SpecError`."""
+        channels = self.preprocessing.channels
+        return build_student(self.student, num_classes=num_classes, channels=channels, config=self.config)
 
     def build(self) -> nn.Module:
         """The untrained model. Raises `SpecError`, also if it doesn't take these images or give these classes."""
-        body = build_student(self.student, num_classes=len(self.classes), channels=self.preprocessing.channels)
+        body = self.bare(len(self.classes))
         shape = (2, self.preprocessing.channels, self.preprocessing.crop, self.preprocessing.crop)
         body.eval()
         try:
@@ -70,6 +76,8 @@ def save_model(directory: Path, card: ModelCard, body: nn.Module) -> None:
         "parameters": sum(parameter.numel() for parameter in body.parameters()),
         "weights_sha256": weights_sha256(body),
     }
+    if card.config is not None:
+        content["config"] = dict(card.config)
     content["card_sha256"] = _card_sha256(content)
     storage.write_atomic(directory / "model.json", json.dumps(content, indent=1) + "\n")
 
@@ -84,11 +92,14 @@ def read_card(directory: Location) -> tuple[ModelCard, str]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         card = ModelCard(
-            str(data["student"]), tuple(map(str, data["classes"])), Preprocessing.from_json(data["preprocessing"])
+            str(data["student"]),
+            tuple(map(str, data["classes"])),
+            Preprocessing.from_json(data["preprocessing"]),
+            dict(data["config"]) if "config" in data else None,
         )
         if data["format_version"] != FORMAT_VERSION:
             raise ValueError(f"format version {data['format_version']}, this version reads {FORMAT_VERSION}")
-        if data.keys() - {"card_sha256"} != _CARD_KEYS or data["card_sha256"] != _card_sha256(data):
+        if data.keys() - {"card_sha256", "config"} != _CARD_KEYS or data["card_sha256"] != _card_sha256(data):
             raise ValueError("it was edited: it no longer fits the hash in it")
         return card, str(data["weights_sha256"])
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -105,17 +116,40 @@ def load_weights(directory: Location, body: nn.Module, sha256: str | None = None
     was saved.
     """
     path = directory / "model.safetensors"
+    state = read_state(path, sha256)
+    try:
+        load_tensors(body, state)
+    except RuntimeError as error:
+        raise DamagedModel(_does_not_load(path, error)) from error
+
+
+def load_tensors(body: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Fill `state` into `body`, name by name. Neither files nor plain dicts keep the versions of layers that lie beside
+    a module's own tensors, and MNASNet fails without: they are today's.
+    """
+    versioned = body.state_dict()
+    if versioned.keys() != state.keys():
+        versioned.clear()  # torch says best what is missing
+    versioned.update(state)
+    body.load_state_dict(versioned)
+
+
+def read_state(path: Location, sha256: str | None = None) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file. Raises `DamagedModel` if it is torn, or not of this hash."""
     try:
         with storage.local_copy(path) as file:
-            body.load_state_dict(load_file(file))
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise DamagedModel(
-            f"{path}: these weights don't load: {str(error).splitlines()[0]}; train again or restore a copy"
-        ) from error
-    if sha256 is not None and weights_sha256(body) != sha256:
+            state: dict[str, Tensor] = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise DamagedModel(_does_not_load(path, error)) from error
+    if sha256 is not None and state_sha256(state) != sha256:
         raise DamagedModel(
             f"{path}: the weights aren't those that model.json was written for; restore both from one copy"
         )
+    return state
+
+
+def _does_not_load(path: Location, error: Exception) -> str:
+    return f"{path}: these weights don't load: {str(error).splitlines()[0]}; train again or restore a copy"
 
 
 def load_model(directory: str | os.PathLike[str], device: torch.device, *, trust_code: bool = False) -> Classifier:

@@ -94,8 +94,13 @@ def _num_outputs(model: nn.Module, preprocessing: Preprocessing, architecture: s
 
 def weights_sha256(module: nn.Module) -> str:
     """A hash of all parameters and buffers by name, type, shape and bytes: equal wherever the file lies."""
+    return state_sha256(module.state_dict())
+
+
+def state_sha256(state: Mapping[str, Tensor]) -> str:
+    """The same of tensors that are in no module."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
+    for name, tensor in sorted(state.items()):
         tensor = tensor.detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")

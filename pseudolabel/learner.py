@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pseudolabel.checkpoint import ModelCard, flatten_optimizer, restore_optimizer
+from pseudolabel.checkpoint import ModelCard, flatten_optimizer, load_tensors, restore_optimizer
 from pseudolabel.dataset import Batch
 from pseudolabel.distributed import Team
 from pseudolabel.errors import OutOfMemory, SpecError
@@ -23,7 +23,9 @@ from pseudolabel.optim import make_average, make_optimizer
 from pseudolabel.order import derive_seeds
 from pseudolabel.precision import autocast
 from pseudolabel.settings import TrainSettings
+from pseudolabel.starting import start_from
 from pseudolabel.step_times import StepTimes
+from pseudolabel.students.start import Start
 from pseudolabel.views.image import Normalize
 
 _NO_MIX = 1.0
@@ -33,14 +35,22 @@ class Learner:
     """What a training run changes with each step. Each process of a team has one, in step with the others."""
 
     def __init__(
-        self, settings: TrainSettings, card: ModelCard, data: TrainingData, device: torch.device, team: Team
+        self,
+        settings: TrainSettings,
+        card: ModelCard,
+        data: TrainingData,
+        device: torch.device,
+        team: Team,
+        start: Start | None = None,
     ) -> None:
         if settings.precision == "fp16" and device.type != "cuda":
             raise SpecError("--precision fp16 needs a GPU (its gradients underflow without scaling); use fp32 or bf16")
         self._settings, self._device, self._team = settings, device, team
         self._num_classes, self._calibration = len(card.classes), data.calibration
         torch.manual_seed(settings.seed)
-        self.body = team.with_shared_norms(card.build(), device).to(device)
+        body = card.build()
+        self.notes = (start_from(start, body, card),) if start is not None else ()
+        self.body = team.with_shared_norms(body, device).to(device)
         self._layout = training_layout(self.body)
         self.body.to(memory_format=self._layout)
         team.take_from_first(self.body.state_dict().values())
@@ -149,8 +159,8 @@ class Learner:
 
     def load_state(self, groups: dict[str, dict[str, Tensor]], scaler: dict[str, Any]) -> None:
         """Inverse of `state`."""
-        self.body.load_state_dict(groups["model"])
+        load_tensors(self.body, groups["model"])
         if self.average is not None:
-            self.average.load_state_dict(groups["average"])
+            load_tensors(self.average, groups["average"])
         restore_optimizer(self._optimizer, groups["optimizer"])
         self._scaler.load_state_dict(scaler)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from pseudolabel.checkpoint import ModelCard, load_state, save_state
+from pseudolabel.checkpoint import ModelCard, load_state, load_tensors, save_state
 from pseudolabel.dataset import Batch, CarriedErrors, TrainingBatches
 from pseudolabel.distributed import State, Team
 from pseudolabel.errors import Diverged, PseudolabelError, WorkerDied
@@ -24,6 +24,7 @@ from pseudolabel.processes import helper_start
 from pseudolabel.rundir import RunDirectory
 from pseudolabel.settings import TrainSettings
 from pseudolabel.step_times import StepTimes
+from pseudolabel.students.start import Start
 from pseudolabel.validate import Validation
 
 _LOG_EVERY = 20
@@ -59,6 +60,7 @@ class TrainingLoop:
         device: torch.device,
         workers: int,
         team: Team | None = None,
+        start: Start | None = None,
         *,
         cache: CacheMode = "off",
         profile: bool = False,
@@ -74,7 +76,7 @@ class TrainingLoop:
         )
         self._team = team or Team()
         self._first = self._team.world.first
-        self.learner = Learner(settings, card, data, device, self._team)
+        self.learner = Learner(settings, card, data, device, self._team, start)
         self.times = StepTimes(device, on=profile)
         self._batches = TrainingBatches(
             data,
@@ -132,7 +134,7 @@ class TrainingLoop:
         """The network with the weights to keep."""
         body = self.learner.averaged_body
         if self._best:
-            body.load_state_dict(self._best)
+            load_tensors(body, self._best)
         if not all(bool(torch.isfinite(one).all()) for one in body.state_dict().values() if one.is_floating_point()):
             raise Diverged(
                 f"{self._run.place}: the weights are no longer finite; use a smaller --lr, or --precision fp32"

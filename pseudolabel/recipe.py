@@ -13,9 +13,16 @@ import re
 import tomllib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from pseudolabel import specs, storage
 from pseudolabel.errors import RecipeError
@@ -69,6 +76,17 @@ class RoundSettings(Settings):
     count: int = Field(1, ge=1, le=20, description="annotate → train rounds")
     control: bool = Field(True, description="also train the same student on the labels alone, for as many steps")
     max_reject_fraction: Fraction = Field(0.1, description="more rejected samples than this stop the run")
+    init: Literal["born-again", "warm"] = Field(
+        "born-again",
+        description="what the later rounds' students start from: born-again: what the first round's does; warm: the "
+        "weights of the round before",
+    )
+
+    @model_serializer(mode="wrap")
+    def _young_where_it_matters(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A recipe that leaves `init` alone reads as before there was one, and its runs go on."""
+        found: dict[str, Any] = dump(self)
+        return {name: value for name, value in found.items() if (name, value) != ("init", "born-again")}
 
 
 class Recipe(Settings):

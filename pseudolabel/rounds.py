@@ -166,7 +166,7 @@ class _Pipeline:
             uris = list(self.recipe.teacher.specs)
             return uris, self._given_teacher(uris)
         self.watcher.stage(f"teacher: training on the labels alone{_done(self.out / 'teacher')}")
-        result = self._train(own, self.out / "teacher", control=True)
+        result = self._train(own, self.out / "teacher")
         return [_as_teacher(self.out / "teacher", own.student)], self._row(
             0, "labels alone", own.student, self.out / "teacher", result
         )
@@ -215,34 +215,43 @@ class _Pipeline:
             f"round {number}: training {self.recipe.train.student} on {count} soft labels{_done(directory / 'student')}"
         )
         settings = self.recipe.train.model_copy(update={"seed": self.recipe.train.seed + number - 1})
-        result = self._train(settings, directory / "student", trust=trust)
+        warm = self.recipe.rounds.init == "warm" and number > 1
+        before = self.out / f"round-{number - 1}" / "student" if warm else None
+        result = self._train(settings, directory / "student", trust, before)
         return self._row(number, " + ".join(teacher_uris), settings.student, directory / "student", result), result
 
     def control(self, steps: int) -> Round:
         """The same student, seed and number of steps, from the labeled set alone."""
         self.watcher.stage(f"control: training the same student on the labels alone{_done(self.out / 'control')}")
         settings = self.recipe.train.model_copy(update={"steps": steps, "epochs": None})
-        result = self._train(settings, self.out / "control", control=True)
+        result = self._train(settings, self.out / "control")
         return self._row(0, "none", settings.student, self.out / "control", result)
 
     def _train(
-        self, settings: TrainSettings, directory: Location, *, control: bool = False, trust: Trust | None = None
+        self,
+        settings: TrainSettings,
+        directory: Location,
+        trust: Trust | None = None,
+        init_from: Location | None = None,
     ) -> TrainResult:
-        store = None if control else open_store(directory.parent / "store")
+        """From the labels alone, without a `trust` in soft labels."""
+        store = open_store(directory.parent / "store") if trust is not None else None
         return train(
             settings,
             directory,
             labeled=self.labeled,
-            unlabeled=() if control else self.unlabeled,
+            unlabeled=self.unlabeled if trust is not None else (),
             store=store,
             val=self.val,
             selection=trust.selection if trust is not None else None,
             calibration=trust.calibration if trust is not None else None,
             classes=self.classes,
+            init_from=init_from,
             device=self.place.device,
             workers=self.place.workers,
             threads=self.place.threads,
             on_progress=self.watcher.training,
+            on_note=lambda note: self.watcher.stage(f"note: {note}"),
         )
 
     def _row(self, number: int, teacher: str, student: str, directory: Location, result: TrainResult) -> Round:

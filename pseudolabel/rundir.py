@@ -169,7 +169,8 @@ class RunDirectory:
         shutil.rmtree(self.path / "checkpoint", ignore_errors=True)
 
     def _other_run(self, identity: Mapping[str, Any]) -> str:
-        different = [name for name in self.identity if identity.get(name) != self.identity[name]]
+        all_names = {**identity, **self.identity}  # some are there only where they matter
+        different = [name for name in all_names if identity.get(name) != self.identity.get(name)]
         if "settings" in different:
             old, new = identity.get("settings") or {}, self.identity["settings"]
             names = [name for name in new if old.get(name) != new[name]]

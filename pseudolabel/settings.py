@@ -159,7 +159,9 @@ class TrainSettings(Settings):
 
     student: str = Field(
         "small:resnet8?width=16",
-        description="student spec: small:resnet8|14|20, torchvision:NAME or python:MODULE:FUNCTION",
+        description="student spec: small:resnet8|14|20, torchvision:NAME, timm:NAME, hf:NAME_OR_DIR or "
+        "python:MODULE:FUNCTION; ?weights=NAME (torchvision), ?pretrained=true (timm, hf) or ?weights_file=FILE starts "
+        "from weights",
     )
     image_size: int | None = Field(
         None, ge=8, description="side of the student's input in pixels; 32 for small: students, 224 for others"

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,14 +37,18 @@ from pseudolabel.rundir import RunDirectory
 from pseudolabel.selection import Selection, open_selection
 from pseudolabel.settings import TrainSettings
 from pseudolabel.shard_lists import ShardsLike, as_shards
+from pseudolabel.starting import find_start
+from pseudolabel.students import parse_student
+from pseudolabel.students.start import Start
 from pseudolabel.validate import Validation
 from pseudolabel.views.image import Preprocessing, square
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What `train` reports. `val_accuracy` is that of the kept (best) weights; None without a validation set.
-    `profile`, if asked for: milliseconds a step by stage (`step_times.STEP_STAGES`).
+    """What `train` reports. `val_accuracy` is that of the kept (best) weights; None without a validation set. `notes`
+    say what the student started from, if not from random weights. `profile`, if asked for: milliseconds a step by stage
+    (`step_times.STEP_STAGES`).
     """
 
     run: str
@@ -52,6 +57,7 @@ class TrainResult:
     val_accuracy: float | None
     best_step: int
     parameters: int
+    notes: tuple[str, ...] = ()
     profile: Mapping[str, float] | None = None
 
 
@@ -67,15 +73,16 @@ def train(
     calibration: Calibration | str | os.PathLike[str] | None = None,
     classes: Sequence[str] | None = None,
     num_classes: int | None = None,
+    init_from: str | os.PathLike[str] | None = None,
     device: str = "cpu",
     workers: int = 0,
     threads: int | None = None,
     overwrite: bool = False,
     on_progress: Callable[[TrainProgress], None] | None = None,
+    on_note: Callable[[str], None] | None = None,
     team: Team | None = None,
     cache: CacheMode = "auto",
     profile: bool = False,
-    on_note: Callable[[str], None] | None = None,
 ) -> TrainResult:
     """Train a student into the run directory `out`, or go on with the training that was interrupted there.
 
@@ -88,11 +95,16 @@ def train(
     images in memory (see `image_cache.keep_images`; `on_note` is told what it takes), nor `profile`. Each process of a
     `team` (see `joined`) calls this with the same arguments but its own device, and gets the same result.
 
+    The student starts from the weights of `init_from` (a finished run, or a .safetensors file), or else of its spec. A
+    note says what was taken and what begins random: to `on_note`, or as a warning if nobody listens.
+
     Raises:
         StoreMismatch: shards differ from what was annotated, the label spaces differ, or the selection or calibration
             is of another store.
         LabelError: a label is missing or out of range.
-        OutputExists: `out` holds a run with other settings or data.
+        OutputExists: `out` holds a run with other settings, data or weights to start from.
+        DamagedModel: `init_from` is incomplete or not what was saved.
+        SpecError: the student can't be built, or the weights to start from don't fit it.
         LaunchError: the processes of a team have different inputs, or are too many for the batch.
         Diverged: the loss is no longer finite.
     """
@@ -105,7 +117,9 @@ def train(
     calibration = read_calibration(calibration) if isinstance(calibration, (str, os.PathLike)) else calibration
     data, names = gather(as_shards(labeled), as_shards(unlabeled), store, classes, num_classes, selection, calibration)
     data = _as_set(data, settings)
-    card = ModelCard(settings.student, names, preprocessing_of(settings))
+    student = parse_student(settings.student)
+    start = find_start(student, len(names), settings.channels, init_from)
+    card = ModelCard(settings.student, names, preprocessing_of(settings, start), student.config)
     check_names(val, names)
     validation = Validation(val, card.preprocessing, len(names), device, team) if val else None
     parse_loss(settings.loss)
@@ -114,7 +128,7 @@ def train(
     if store is not None and settings.alpha == 0 and settings.labeled_fraction == 0:
         raise LabelError("alpha 0 leaves out the soft labels and labeled fraction 0 the labels: nothing to learn from")
     steps = _number_of_steps(settings, data)
-    identity = _identity(settings, data, validation, names)
+    identity = _identity(settings, data, validation, card, start)
     team.check_same(identity)
     with storage.mirrored(storage.location(out)) as mirror:
         run = RunDirectory(mirror, "train", identity)
@@ -129,20 +143,25 @@ def train(
                 torch.device(device),
                 workers,
                 team,
+                start,
                 cache=cache,
                 profile=profile,
                 on_note=on_note,
             )
             if (finished := team.from_first(run.start(overwrite=overwrite) if team.world.first else None)) is not None:
-                return TrainResult(**{**finished["result"], "run": storage.shown(os.fspath(out))})
+                known = {**finished["result"], "run": storage.shown(os.fspath(out))}
+                return TrainResult(**{**known, "notes": tuple(known.get("notes", ()))})
             if team.world.first:
                 run.write_settings(settings.model_dump(mode="json", exclude_none=True))
+                for note in loop.learner.notes:
+                    on_note(note) if on_note is not None else warnings.warn(note, stacklevel=2)
             best_step, accuracy, earlier = loop.run_to_the_end(on_progress)
             parameters = sum(parameter.numel() for parameter in loop.learner.body.parameters())
             seconds = round(earlier + time.monotonic() - started, 3)
             profiled = {stage: round(spent, 3) for stage, spent, _ in loop.times.table()} if profile else None
             place = storage.shown(os.fspath(out))
-            result = TrainResult(place, steps, seconds, accuracy, best_step, parameters, profiled)
+            notes = loop.learner.notes
+            result = TrainResult(place, steps, seconds, accuracy, best_step, parameters, notes, profiled)
             if team.world.first:
                 save_model(run.path, card, loop.best_body())
                 run.finish({"result": dataclasses.asdict(result), "metrics": {"val_accuracy": accuracy}})
@@ -174,9 +193,13 @@ def _check_shares(settings: TrainSettings, team: Team) -> None:
         )
 
 
-def preprocessing_of(settings: TrainSettings) -> Preprocessing:
-    """The student's clean view. Trained on random areas, it looks at the centre of a slightly larger image."""
+def preprocessing_of(settings: TrainSettings, start: Start | None = None) -> Preprocessing:
+    """The student's clean view. Trained on random areas, it looks at the centre of a slightly larger image. Weights
+    that it starts from were trained on images normalised in their own way, and see them so again.
+    """
     made = square(settings.input_size, settings.channels)
+    if start is not None and start.norm is not None:
+        made = dataclasses.replace(made, mean=start.norm[0], std=start.norm[1])
     return (
         dataclasses.replace(made, resize=round(settings.input_size / 0.875))
         if settings.augment.crop == "resized"
@@ -242,22 +265,30 @@ def _number_of_steps(settings: TrainSettings, data: TrainingData) -> int:
 
 
 def _identity(
-    settings: TrainSettings, data: TrainingData, validation: Validation | None, names: tuple[str, ...]
+    settings: TrainSettings, data: TrainingData, validation: Validation | None, card: ModelCard, start: Start | None
 ) -> dict[str, Any]:
     def contents(shards: Sequence[TrainingShard]) -> str:
         lines = [f"{one.shard.name} {one.sha256} {one.part is not None}" for one in shards]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
+    # These two are there only where they matter: fingerprints made before them stay.
+    more = {"initial_weights": start.fingerprint()} if start is not None else {}
+    more |= {"config": _sha256(card.config)} if card.config is not None else {}
     return {
         "settings": settings.model_dump(mode="json"),
-        "classes": hashlib.sha256(json.dumps(names).encode()).hexdigest(),
+        "classes": _sha256(card.classes),
         "labeled": contents(data.labeled),
         "unlabeled": contents(data.unlabeled),
         "val": validation.sha256 if validation is not None else None,
         "store": data.store.fingerprint if data.store is not None else None,
         "selection": data.selection.fingerprint if data.selection is not None else None,
         "calibration": data.calibration.fingerprint if data.calibration is not None else None,
+        **more,
     }
+
+
+def _sha256(facts: Any) -> str:
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 @contextlib.contextmanager

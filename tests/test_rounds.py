@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Cli, make_model
+from safetensors.torch import load_file
 
 from pseudolabel.demo import load_demo_recipe, pack_bundled
 from pseudolabel.display import Display
 from pseudolabel.engines.local import LocalEngine
-from pseudolabel.errors import OutputExists, SpecError, StoreError
+from pseudolabel.errors import OutputExists, RecipeError, SpecError, StoreError
 from pseudolabel.evaluate import evaluate
 from pseudolabel.labels.store import open_store
 from pseudolabel.recipe import Recipe, load_recipe
@@ -24,6 +25,7 @@ from pseudolabel.shard_lists import list_shards
 from pseudolabel.shards import read_samples, write_shard
 from pseudolabel.teachers import parse_teacher
 
+HOW = ("warm", "born-again")
 PLACE = Place(LocalEngine("cpu", 1), threads=1)
 STUDENT = (
     'student = "small:resnet8?width=4"\nimage_size = 12\nchannels = 1\nbatch_size = 16\nsteps = 6\neval_every = 3\n'
@@ -59,6 +61,38 @@ def test_rounds_hand_the_student_on_as_teacher(recipe_file: Path, tmp_path: Path
     assert names == ["teacher", "round 1", "round 2", "control"]
     for row in table(result)[:-1]:
         assert row["gain"] == pytest.approx(row["test_accuracy"] - result.control.test_accuracy)
+
+
+def test_a_warm_round_starts_from_the_last_ones_student(recipe_file: Path, tmp_path: Path) -> None:
+    """A learning rate near zero leaves the weights as they began."""
+    still = ["train.lr=1e-9", "train.ema=0", "rounds.control=true"]
+    results = {how: _run(load_recipe(recipe_file, [*still, f"rounds.init={how}"]), tmp_path / how) for how in HOW}
+    assert len(results["warm"].rounds) == 2
+    heads = {
+        (how, name): load_file(tmp_path / how / name / "model.safetensors")["head.weight"]
+        for how in HOW
+        for name in ("round-1/student", "round-2/student", "control")
+    }
+    torch.testing.assert_close(heads["warm", "round-2/student"], heads["warm", "round-1/student"], atol=1e-6, rtol=0)
+    assert (heads["born-again", "round-2/student"] - heads["warm", "round-1/student"]).abs().max() > 0.01
+    for name in ("round-1/student", "control"):
+        assert torch.equal(heads["warm", name], heads["born-again", name]), "neither has a round before it"
+    notes = {
+        (how, name): json.loads((tmp_path / how / name / "run.json").read_text())["result"]["notes"]
+        for how, name in heads
+    }
+    assert "round-1/student, head included" in notes.pop(("warm", "round-2/student"))[0]
+    assert not any(notes.values())
+
+
+def test_a_recipe_that_leaves_init_alone_reads_as_before(recipe_file: Path, tmp_path: Path) -> None:
+    """Or else every run begun before there was such a choice would be refused as another recipe's."""
+    plain, said = load_recipe(recipe_file), load_recipe(recipe_file, ["rounds.init=born-again"])
+    assert plain == said
+    assert plain.model_dump(mode="json")["rounds"] == {"count": 2, "control": True, "max_reject_fraction": 0.1}
+    assert load_recipe(recipe_file, ["rounds.init=warm"]).model_dump()["rounds"]["init"] == "warm"
+    with pytest.raises(RecipeError, match=r"rounds\.init: .*'born-again' or 'warm' \(it is \"cold\"\)"):
+        load_recipe(recipe_file, ["rounds.init=cold"])
 
 
 def test_the_control_takes_as_many_steps_without_soft_labels(recipe_file: Path, tmp_path: Path) -> None:

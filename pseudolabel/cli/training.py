@@ -105,6 +105,14 @@ def train(
     num_classes: Annotated[
         int | None, typer.Option(min=1, help="number of classes, where neither a store nor --classes says it")
     ] = None,
+    init_from: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH",
+            help="finished run, or .safetensors file, whose weights the student starts from; its head is new where the "
+            "classes differ",
+        ),
+    ] = None,
     device: Device = "auto",
     workers: LoaderWorkers = None,
     threads: Threads = None,
@@ -148,9 +156,10 @@ def train(
             calibration=calibration,
             classes=read_classes(classes) if classes is not None else None,
             num_classes=num_classes,
+            init_from=init_from,
             overwrite=overwrite,
             on_progress=display.training if world.first else None,
-            on_note=(lambda note: display.say(f"note: {note}")) if world.first else None,
+            on_note=lambda note: display.say(f"note: {note}"),
             cache=cache.value,
             profile=profile,
             team=team,
@@ -158,7 +167,7 @@ def train(
         )
     if not world.first:
         return None
-    told = {name: value for name, value in dataclasses.asdict(result).items() if value is not None}
+    told = {name: value for name, value in dataclasses.asdict(result).items() if value is not None and name != "notes"}
     shares = told.pop("profile", {})
     print_pairs(told, for_people(as_json))
     if shares:

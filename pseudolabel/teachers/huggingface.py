@@ -32,7 +32,7 @@ from pseudolabel.weights import fill, first_lines, random_weights, read_weights,
 _PROBES = ((97, 128), (64, 51), (203, 150))  # height, width: both orientations, odd and even margins
 _TOLERANCE = 1.01  # grey levels: the processor may resize with Pillow, which rounds a few values the other way
 # What says nothing of the logits, or names a place or a time.
-_NOT_IDENTITY = ("_name_or_path", "transformers_version", "architectures", "dtype", "id2label", "label2id")
+NOT_IDENTITY = ("_name_or_path", "transformers_version", "architectures", "dtype", "id2label", "label2id")
 
 
 @dataclass(frozen=True)
@@ -46,16 +46,16 @@ class HuggingFaceTeacher:
         return str(self.spec)
 
     def load(self, device: torch.device) -> Classifier:
-        transformers = _transformers(self.spec)
-        with self._explain("the image processor can't be loaded"):
+        transformers = library(self.spec)
+        with explain(self.spec, "the image processor can't be loaded"):
             processor = transformers.AutoImageProcessor.from_pretrained(self.spec.name, trust_remote_code=False)
         preprocessing = preprocessing_of(self.spec, processor)
         check_against(self.spec, preprocessing, processor)
         model = self._model(transformers, weight_arguments(self.spec))
         names = [str(model.config.id2label[index]) for index in range(model.config.num_labels)]
-        config = {key: value for key, value in model.config.to_diff_dict().items() if key not in _NOT_IDENTITY}
+        config = {key: value for key, value in model.config.to_diff_dict().items() if key not in NOT_IDENTITY}
         return make_classifier(
-            _Logits(model),
+            Logits(model),
             preprocessing,
             architecture=f"hf:{type(model).__name__}",
             device=device,
@@ -66,7 +66,7 @@ class HuggingFaceTeacher:
     def _model(self, transformers: Any, args: dict[str, Any]) -> Any:
         auto, name = transformers.AutoModelForImageClassification, self.spec.name
         if "weights_file" not in args and args.get("pretrained", True):
-            with self._explain("the model can't be loaded"), contextlib.redirect_stdout(sys.stderr):
+            with explain(self.spec, "the model can't be loaded"), contextlib.redirect_stdout(sys.stderr):
                 model, report = auto.from_pretrained(
                     name, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
                 )
@@ -78,7 +78,7 @@ class HuggingFaceTeacher:
                     "name a model that was fine-tuned to classes"
                 )
             return model
-        with self._explain("its config can't be loaded"):
+        with explain(self.spec, "its config can't be loaded"):
             config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
         with contextlib.nullcontext() if "weights_file" in args else random_weights(self.uri, args.get("seed", 0)):
             model = auto.from_config(config, dtype=torch.float32, trust_remote_code=False)
@@ -86,15 +86,16 @@ class HuggingFaceTeacher:
             fill(model, read_weights(str(args["weights_file"])), str(args["weights_file"]))
         return model
 
-    @contextlib.contextmanager
-    def _explain(self, what: str) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # transformers and its hub raise kinds of many libraries
-            raise SpecError(
-                f"{self.uri}: {what} ({first_lines(error)})\n"
-                "fetch the whole repository elsewhere and name its directory"
-            ) from error
+
+@contextlib.contextmanager
+def explain(spec: Spec, what: str) -> Iterator[None]:
+    """What fails in the body is a `SpecError` that says `what`."""
+    try:
+        yield
+    except Exception as error:  # transformers and its hub raise kinds of many libraries
+        raise SpecError(
+            f"{spec}: {what} ({first_lines(error)})\nfetch the whole repository elsewhere and name its directory"
+        ) from error
 
 
 def make(spec: Spec) -> HuggingFaceTeacher:
@@ -102,7 +103,9 @@ def make(spec: Spec) -> HuggingFaceTeacher:
     return HuggingFaceTeacher(spec)
 
 
-class _Logits(nn.Module):
+class Logits(nn.Module):
+    """The logits out of the model's output object."""
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
@@ -141,12 +144,22 @@ def preprocessing_of(spec: Spec, processor: Any) -> Preprocessing:
         problem = f"its resample is {interpolation}"
     if problem or resize is None or crop is None:
         raise SpecError(f"{spec}: {problem}, which pseudolabel can't do; wrap the model as python:module:function")
+    mean, std = norm_of(processor)
+    return Preprocessing(resize, crop, mean, std, interpolation, fit, "floor")
+
+
+def norm_of(processor: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and std of pixels in [0, 1]."""
+
+    def setting(name: str) -> Any:
+        return getattr(processor, name, None)
+
     mean, std = (setting("image_mean"), setting("image_std")) if setting("do_normalize") else ((0.0,) * 3, (1.0,) * 3)
     if setting("include_top") and setting("do_normalize"):  # EfficientNet divides by std twice
         std = [value**2 for value in std]
     unit = 255 * (setting("rescale_factor") if setting("do_rescale") else 1.0)  # the processor's 1 in ours
     mean, std = (tuple(round(float(value) / unit, 9) for value in values) for values in (mean, std))
-    return Preprocessing(resize, crop, mean, std, interpolation, fit, "floor")
+    return mean, std
 
 
 def check_against(spec: Spec, preprocessing: Preprocessing, processor: Any) -> None:
@@ -188,7 +201,8 @@ def _interpolation(resample: Any) -> str:
     return str(pil_torch_interpolation_mapping[2 if resample is None else resample].value)  # 2 is bilinear
 
 
-def _transformers(spec: Spec) -> Any:
+def library(spec: Spec) -> Any:
+    """The package. Raises `SpecError` if it isn't installed."""
     try:
         import transformers
     except ImportError as error:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,7 +58,7 @@ class TimmTeacher:
         )
 
     def _body(self, args: Mapping[str, Any]) -> Any:
-        timm = _timm(self.spec)
+        timm = library(self.spec)
         options = {"num_classes": args["num_classes"]} if "num_classes" in args else {}
         if "weights_file" in args:
             path = str(args["weights_file"])
@@ -69,27 +69,29 @@ class TimmTeacher:
             return body
         if args.get("pretrained", True):
             return self._published(timm)
-        with random_weights(self.uri, args.get("seed", 0)), self._explain("can't be built"):
+        with random_weights(self.uri, args.get("seed", 0)), explain(self.spec, "can't be built"):
             return timm.create_model(self.spec.name, pretrained=False, **options)
 
     def _published(self, timm: Any) -> nn.Module:
-        with self._explain("the weights can't be had"), contextlib.redirect_stdout(sys.stderr):
+        with explain(self.spec, "the weights can't be had"), contextlib.redirect_stdout(sys.stderr):
             body: nn.Module = timm.create_model(self.spec.name, pretrained=True)
             return body
 
-    @contextlib.contextmanager
-    def _explain(self, what: str) -> Any:
-        try:
-            yield
-        except Exception as error:  # timm and its hub raise kinds of many libraries
-            raise SpecError(
-                f"{self.uri}: {what} ({first_lines(error)})\nfetch them elsewhere and name them with weights_file=FILE"
-            ) from error
+
+@contextlib.contextmanager
+def explain(spec: Spec, what: str) -> Iterator[None]:
+    """What fails in the body is a `SpecError` that says `what`."""
+    try:
+        yield
+    except Exception as error:  # timm and its hub raise kinds of many libraries
+        raise SpecError(
+            f"{spec}: {what} ({first_lines(error)})\nfetch them elsewhere and name them with weights_file=FILE"
+        ) from error
 
 
 def make(spec: Spec) -> TimmTeacher:
     """Describe it; the model's name and arguments are checked here. Raises `SpecError`."""
-    timm = _timm(spec)
+    timm = library(spec)
     if not spec.name.startswith(_SOURCES) and not ("/" not in spec.name and timm.is_model(spec.name)):
         known = timm.list_models() + timm.list_pretrained()
         raise SpecError(f"{spec}: timm has no model {spec.name!r}{specs.nearest(spec.name, known)}")
@@ -140,7 +142,8 @@ def _checked(spec: Spec) -> dict[str, Any]:
     return args
 
 
-def _timm(spec: Spec) -> Any:
+def library(spec: Spec) -> Any:
+    """The package. Raises `SpecError` if it isn't installed."""
     try:
         import timm
     except ImportError as error:

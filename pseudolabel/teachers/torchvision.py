@@ -43,22 +43,32 @@ class TorchvisionTeacher:
         return str(self.spec)
 
     def load(self, device: torch.device) -> Classifier:
-        args = _checked(self.spec)
-        weights = _find_weights(self.spec, args["weights"]) if "weights" in args else None
-        preprocessing = _preprocessing(weights) if weights is not None else _IMAGENET
-        classes = list(weights.meta["categories"]) if weights is not None else None
+        weights = self._weights
         return make_classifier(
-            self._body(args, weights),
-            preprocessing,
+            self.body(),
+            self.preprocessing,
             architecture=f"torchvision:{self.spec.name}",
             device=device,
-            classes=classes,
+            classes=list(weights.meta["categories"]) if weights is not None else None,
         )
 
-    def _body(self, args: dict[str, Any], weights: WeightsEnum | None) -> nn.Module:
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """That of the weights, or ImageNet's usual one."""
+        weights = self._weights
+        return _preprocessing(weights) if weights is not None else _IMAGENET
+
+    @property
+    def _weights(self) -> WeightsEnum | None:
+        name = dict(self.spec.args).get("weights")
+        return find_weights(self.spec, name) if name is not None else None
+
+    def body(self) -> nn.Module:
+        """The model, its weights filled in. Raises `SpecError`."""
+        args, weights = _checked(self.spec), self._weights
         if "weights_file" in args:
             path = str(args["weights_file"])
-            return fill(self._untrained(args, weights), _old_names(read_weights(path)), path)
+            return fill(self._untrained(args, weights), read_file(path), path)
         if weights is not None:
             return fill(self._untrained(args, weights), _old_names(_download(self.spec, weights)), str(self.spec))
         with random_weights(self.uri, args.get("seed", 0)):
@@ -94,7 +104,8 @@ def _checked(spec: Spec) -> dict[str, Any]:
     return args
 
 
-def _find_weights(spec: Spec, name: str) -> WeightsEnum:
+def find_weights(spec: Spec, name: str) -> WeightsEnum:
+    """Published weights of a model by their name. Raises `SpecError`."""
     enum: type[WeightsEnum] = get_model_weights(spec.name)
     names = list(enum.__members__)  # DEFAULT is one of them
     if name not in names:
@@ -129,6 +140,11 @@ def _download(spec: Spec, weights: WeightsEnum) -> dict[str, Tensor]:
             f"{spec}: the weights can't be downloaded ({first_lines(error)})\nfetch them elsewhere and "
             "name them with weights_file=FILE, beside weights="
         ) from error
+
+
+def read_file(path: str) -> dict[str, Tensor]:
+    """Weights from a local file, by the names that the model has today. Raises `SpecError`."""
+    return _old_names(read_weights(path))
 
 
 def _old_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
