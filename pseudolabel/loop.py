@@ -28,6 +28,7 @@ from pseudolabel.precision import autocast
 from pseudolabel.processes import helper_start
 from pseudolabel.rundir import RunDirectory
 from pseudolabel.settings import TrainSettings
+from pseudolabel.tracking import Tracking
 from pseudolabel.validate import Validation
 from pseudolabel.views.image import Normalize
 
@@ -64,6 +65,7 @@ class TrainingLoop:
         device: torch.device,
         workers: int,
         team: Team | None = None,
+        tracking: Tracking | None = None,
     ) -> None:
         if settings.precision == "fp16" and device.type != "cuda":
             raise SpecError("--precision fp16 needs a GPU (its gradients underflow without scaling); use fp32 or bf16")
@@ -75,6 +77,7 @@ class TrainingLoop:
             device,
             workers,
         )
+        self._tracking = tracking
         self._team = team or Team()
         self._first = self._team.world.first
         self._num_classes = len(card.classes)
@@ -105,6 +108,8 @@ class TrainingLoop:
     def run_to_the_end(self, on_progress: Callable[[TrainProgress], None] | None) -> tuple[int, float | None, float]:
         """Train all steps that are left. Returns the best step, its accuracy, and the seconds spent before a resume."""
         self._resume()
+        if self._tracking is not None:
+            self._tracking.begin(int(self._facts["step"]))
         earlier, started = float(self._facts["seconds"]), time.monotonic()
         eval_every = self._settings.eval_every or max(self._steps // 10, 1)
         mark, marked_step = time.monotonic(), int(self._facts["step"])
@@ -128,6 +133,8 @@ class TrainingLoop:
                 record = {"step": done, "loss": value, "lr": rate, "samples_per_second": round(speed, 1)}
                 if self._first:
                     self._run.log({**record, "val_accuracy": accuracy})
+                if self._tracking is not None:
+                    self._tracking.log({**record, "val_accuracy": accuracy})
                 if on_progress is not None:
                     on_progress(TrainProgress(done, self._steps, value, speed, accuracy))
             if done % eval_every == 0 and done < self._steps:

@@ -26,6 +26,7 @@ from pseudolabel.dataset import TrainingBatches
 from pseudolabel.distributed import Team
 from pseudolabel.errors import LabelError, LaunchError
 from pseudolabel.inputs import TrainingData, TrainingShard, gather
+from pseudolabel.interfaces import Tracker
 from pseudolabel.label_space import check_names
 from pseudolabel.labels.encodings import parse_encoding
 from pseudolabel.labels.store import Store, open_store
@@ -34,6 +35,7 @@ from pseudolabel.rundir import RunDirectory
 from pseudolabel.selection import Selection, open_selection
 from pseudolabel.settings import TrainSettings
 from pseudolabel.shard_lists import ShardsLike, as_shards
+from pseudolabel.tracking import Tracking
 from pseudolabel.validate import Validation
 from pseudolabel.views.image import Preprocessing, square
 
@@ -68,6 +70,7 @@ def train(
     overwrite: bool = False,
     on_progress: Callable[[TrainProgress], None] | None = None,
     team: Team | None = None,
+    trackers: Sequence[Tracker] = (),
 ) -> TrainResult:
     """Train a student into the run directory `out`, or go on with the training that was interrupted there.
 
@@ -77,7 +80,8 @@ def train(
     beside the labeled shards; without any, `num_classes` or the largest label says how many there are. `workers` load
     batches in processes of their own; `threads` of the CPU train (None leaves torch's setting). Neither changes what is
     learned, but for the last bits that another number of threads may change. Each process of a `team` (see `joined`)
-    calls this with the same arguments but its own device, and gets the same result.
+    calls this with the same arguments but its own device, and gets the same result. `trackers` are told of the metrics
+    in the first of these processes, and change no result.
 
     Raises:
         StoreMismatch: shards differ from what was annotated, the label spaces differ, or the selection or calibration
@@ -85,6 +89,7 @@ def train(
         LabelError: a label is missing or out of range.
         OutputExists: `out` holds a run with other settings or data.
         LaunchError: the processes of a team have different inputs, or are too many for the batch.
+        TrackerError: a tracker can't begin.
         Diverged: the loss is no longer finite.
     """
     started = time.monotonic()
@@ -108,8 +113,11 @@ def train(
     team.check_same(identity)
     with storage.mirrored(storage.location(out)) as mirror:
         run = RunDirectory(mirror, "train", identity)
-        with _threads(threads, device), _claimed(run, team):
-            loop = TrainingLoop(settings, card, data, validation, run, steps, torch.device(device), workers, team)
+        tracking = Tracking(trackers if team.world.first else (), run, settings.model_dump(mode="json"))
+        with _threads(threads, device), _claimed(run, team), tracking:
+            loop = TrainingLoop(
+                settings, card, data, validation, run, steps, torch.device(device), workers, team, tracking
+            )
             if (finished := team.from_first(run.start(overwrite=overwrite) if team.world.first else None)) is not None:
                 return TrainResult(**{**finished["result"], "run": storage.shown(os.fspath(out))})
             if team.world.first:
@@ -121,6 +129,7 @@ def train(
             if team.world.first:
                 save_model(run.path, card, loop.best_body())
                 run.finish({"result": dataclasses.asdict(result), "metrics": {"val_accuracy": accuracy}})
+            tracking.finish(dataclasses.asdict(result))
         return result
 
 

@@ -17,6 +17,7 @@ from pseudolabel.cli.options import (
     Overwrite,
     Shards,
     Threads,
+    TrackerSpecs,
     train_option,
     train_settings,
     training_place,
@@ -84,6 +85,7 @@ def train(
     device: Device = "auto",
     workers: LoaderWorkers = None,
     threads: Threads = None,
+    tracker: TrackerSpecs = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> Mapping[str, Any] | None:
@@ -104,8 +106,10 @@ def train(
     from pseudolabel.distributed import joined
     from pseudolabel.labels.store import open_store
     from pseudolabel.shard_lists import list_shards
+    from pseudolabel.trackers import parse_tracker
     from pseudolabel.train import train
 
+    trackers = [parse_tracker(one) for one in tracker or ()] if world.first else []
     place = training_place(device, workers, threads, world)
     with Display() as display, joined(world, torch.device(place["device"])) as team:
         result = train(
@@ -122,6 +126,7 @@ def train(
             overwrite=overwrite,
             on_progress=display.training if world.first else None,
             team=team,
+            trackers=trackers,
             **place,
         )
     if not world.first:
