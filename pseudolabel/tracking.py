@@ -63,7 +63,7 @@ class Tracking:
             raise
         except Exception as error:  # each backend has errors of its own
             raise TrackerError(
-                f"{tracker.name}: the tracker can't begin ({one_line(error)})\n"
+                f"{tracker.name}: the tracker can't begin ({one_line(error).strip()})\n"
                 "mend that, or leave it out; metrics.jsonl is written in any case"
             ) from error
 

@@ -21,8 +21,8 @@ class Mlflow:
     def __init__(self, spec: Spec) -> None:
         args = spec.only(("uri", "experiment"))
         self._uri, self._experiment = args.get("uri"), args.get("experiment", "pseudolabel")
-        shown = {"uri": storage.shown(self._uri)} if self._uri is not None else {}
-        self.name = str(Spec("", spec.name, tuple({**args, **shown}.items())))
+        shown = "&".join(f"{key}={storage.shown(value)}" for key, value in args.items())
+        self.name = f"mlflow?{shown}" if args else "mlflow"
         self._client: Any = None
         self._run_id = ""
         self._known: dict[str, int] = {}

@@ -21,8 +21,8 @@ class Trackio:
 
     def __init__(self, spec: Spec) -> None:
         self._args = spec.only(("project", "space", "server"))
-        shown = {"server": storage.shown(self._args["server"])} if "server" in self._args else {}
-        self.name = str(Spec("", spec.name, tuple({**self._args, **shown}.items())))
+        shown = "&".join(f"{key}={storage.shown(value)}" for key, value in self._args.items())
+        self.name = f"trackio?{shown}" if self._args else "trackio"
         self._run: Any = None
         self._from = 0
 
