@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from commands import FEW, Refuse
 from conftest import REPOSITORY
+from event_files import scalars
 from object_stores import Bucket
 
 from pseudolabel import storage
@@ -219,18 +220,6 @@ def test_the_tracker_of_the_docs_runs(corpus: Path, tmp_path: Path, capsys: pyte
     ]
 
 
-def _scalars(directory: Path) -> dict[str, list[tuple[int, float]]]:
-    """What TensorBoard's own reader finds there."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    accumulator = EventAccumulator(str(directory), size_guidance={"scalars": 0, "tensors": 0})
-    accumulator.Reload()
-    tags = accumulator.Tags()
-    assert tags["tensors"] == ["settings/text_summary"] or tags["tensors"] == ["settings"], tags
-    assert b"small:resnet8" in accumulator.Tensors(tags["tensors"][0])[0].tensor_proto.string_val[0]
-    return {name: [(one.step, one.value) for one in accumulator.Scalars(name)] for name in tags["scalars"]}
-
-
 def _logged(lines: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
     names = {name for line in lines for name in line if name != "step"}
     return {name: [(line["step"], pytest.approx(line[name])) for line in lines if name in line] for name in names}
@@ -241,15 +230,15 @@ def test_tensorboard_reads_each_step_once_after_a_resume(corpus: Path, tmp_path:
     tracker, out = parse_tracker("tensorboard"), tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
         _train(corpus, out, tracker, on_progress=_stop_at(4))
-    assert [step for step, _ in _scalars(out / "events")["loss"]] == [2, 4]
+    assert [step for step, _ in scalars(out / "events")["loss"]] == [2, 4]
     (first,) = (out / "events").iterdir()
     first.write_bytes(first.read_bytes() + first.read_bytes()[:20])  # a kill cut a record short
     _train(corpus, out, tracker)
     assert len(list((out / "events").iterdir())) == 2
-    assert _scalars(out / "events") == _logged(read_metrics(out / "metrics.jsonl"))
+    assert scalars(out / "events") == _logged(read_metrics(out / "metrics.jsonl"))
     assert "tensorflow" not in sys.modules
     _train(corpus, out, tracker, overwrite=True, settings=SMALL.model_copy(update={"steps": 3}))
-    assert [step for step, _ in _scalars(out / "events")["loss"]] == [2, 3]
+    assert [step for step, _ in scalars(out / "events")["loss"]] == [2, 3]
     assert len(list((out / "events").iterdir())) == 1
 
 
@@ -279,6 +268,6 @@ def test_a_run_at_a_url_has_its_events_there(corpus: Path, tmp_path: Path, bucke
     for one in (there / "events").iterdir():
         (tmp_path / "copy" / one.name).write_bytes(one.read_bytes())
     assert len(list((tmp_path / "copy").iterdir())) == 2
-    assert _scalars(tmp_path / "copy") == _logged(read_metrics(there / "metrics.jsonl"))
+    assert scalars(tmp_path / "copy") == _logged(read_metrics(there / "metrics.jsonl"))
     _train(corpus, out, overwrite=True)
     assert "events" not in {one.name for one in there.iterdir()}

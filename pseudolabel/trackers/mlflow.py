@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pseudolabel import specs, storage
-from pseudolabel.interfaces import TrackedRun
+from pseudolabel.interfaces import TrackedRun, Tracker
 from pseudolabel.specs import Spec
 
 
@@ -63,7 +63,7 @@ class Mlflow:
         self._client.set_terminated(self._run_id, "FINISHED" if result is not None else "FAILED")
 
 
-def make(spec: Spec) -> Mlflow:
+def make(spec: Spec) -> Tracker:
     """Check the arguments, and that the package is there. Raises `SpecError`."""
     tracker = Mlflow(spec)
     try:

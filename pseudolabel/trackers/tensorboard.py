@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pseudolabel import specs
-from pseudolabel.interfaces import TrackedRun
+from pseudolabel.interfaces import TrackedRun, Tracker
 from pseudolabel.specs import Spec
 
 
@@ -70,7 +70,7 @@ class TensorBoard:
             raise
 
 
-def make(spec: Spec) -> TensorBoard:
+def make(spec: Spec) -> Tracker:
     """Check that the package is there. Raises `SpecError`."""
     spec.only(())
     try:

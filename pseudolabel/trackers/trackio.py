@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pseudolabel import specs, storage
-from pseudolabel.interfaces import TrackedRun
+from pseudolabel.interfaces import TrackedRun, Tracker
 from pseudolabel.specs import Spec
 
 
@@ -53,7 +53,7 @@ class Trackio:
         trackio.finish()
 
 
-def make(spec: Spec) -> Trackio:
+def make(spec: Spec) -> Tracker:
     """Check the arguments, and that the package is there. Raises `SpecError`."""
     tracker = Trackio(spec)
     try:

@@ -1,8 +1,8 @@
 """`wandb?project=P`: Weights & Biases; `entity=`, `group=` and `mode=` as in `wandb.init`. Without a network
 WANDB_MODE=offline keeps all in ./wandb, or below WANDB_DIR.
 
-After a resume the run of the same id goes on. Steps that were logged between the checkpoint and the kill are known to
-the server, and it keeps the first of each. Offline nobody knows them: `wandb sync` finds them twice.
+After a resume the run of the same id goes on. Online, wandb knows the last step and leaves out what doesn't go beyond
+it. Offline it can't know, and its files hold the steps between the checkpoint and the kill twice.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pseudolabel import specs
-from pseudolabel.interfaces import TrackedRun
+from pseudolabel.interfaces import TrackedRun, Tracker
 from pseudolabel.specs import Spec
 
 _PATIENCE = 60.0  # seconds for the last uploads: a network that is gone must not hold a training that is done
@@ -47,7 +47,7 @@ class Wandb:
         self._run.finish(exit_code=0 if result is not None else 1)
 
 
-def make(spec: Spec) -> Wandb:
+def make(spec: Spec) -> Tracker:
     """Check the arguments, and that the package is there. Raises `SpecError`."""
     tracker = Wandb(spec)
     try:
