@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from pseudolabel.shards import read_samples as read_samples
     from pseudolabel.teachers import parse_teacher as parse_teacher
     from pseudolabel.teachers import parse_teachers as parse_teachers
+    from pseudolabel.trackers import parse_tracker as parse_tracker
     from pseudolabel.train import train as train
 
 __version__ = "0.1.0"
@@ -80,6 +81,7 @@ _HOME = {
     "read_samples": "shards",
     "parse_teacher": "teachers",
     "parse_teachers": "teachers",
+    "parse_tracker": "trackers",
     "train": "train",
 }
 __all__ = sorted(_HOME)

@@ -91,6 +91,10 @@ class MissingFile(StorageError):
     """A file is not there, says a storage that answers."""
 
 
+class TrackerError(PseudolabelError):
+    """A tracker can't begin."""
+
+
 class WorkerDied(PseudolabelError):
     """A worker process ended without finishing its work."""
 

@@ -4,9 +4,10 @@
     Encoding  how a row of logits is kept in Parquet, and read back as a target for a student
     Loss      how far a student's logits are from soft targets, row by row
     Engine    where work runs: it maps a function over items, in this process or in many
+    Tracker   who else is told of a training's metrics; no result depends on it
 
-The verbs (`annotate`, `train`, `evaluate`) see only these; `teachers/`, `labels/`, `losses/` and
-`engines/` implement them.
+The verbs (`annotate`, `train`, `evaluate`) see only these; `teachers/`, `labels/`, `losses/`, `engines/` and
+`trackers/` implement them.
 
 Shape suffixes: B batch, C classes, K kept classes, M compared classes (C, or K + 1 with the tail as a bucket),
 H and W pixels, N rows of a shard.
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
 
 if TYPE_CHECKING:
@@ -211,4 +213,42 @@ class Engine(Protocol):
         A result that completes an item names it as its `ends`: an engine that survives the death of a worker hands out
         again what was not completed. When the generator is closed, all work has ended.
         """
+        ...
+
+
+@dataclass(frozen=True)
+class TrackedRun:
+    """A training, as a tracker sees it when it begins.
+
+    `step` is that of the checkpoint it goes on from, 0 at the start: what was told of later steps is told again.
+    `earlier` is what the tracker's `begin` returned when this training was begun before. `events` is the one directory
+    of the run that a tracker may write in; its files are put beside the run's others, at a URL, too.
+    """
+
+    name: str
+    group: str | None
+    settings: Mapping[str, str | int | float | bool | None]
+    events: Path
+    step: int
+    earlier: str | None
+
+
+class Tracker(Protocol):
+    """Is told of a training's metrics beside metrics.jsonl. One object may be told of several trainings, in turn."""
+
+    @property
+    def name(self) -> str:
+        """As given, such as `wandb?project=digits`, without secrets: what `begin` returns is kept under it."""
+        ...
+
+    def begin(self, run: TrackedRun) -> str | None:
+        """Returns what finds this run again after a resume. Whatever it raises ends the command before training."""
+        ...
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Metrics after `step` steps. If it raises, there is a warning, and this tracker is told no more."""
+        ...
+
+    def end(self, result: Mapping[str, Any] | None, failure: str | None) -> None:
+        """The result, as in run.json; or None, and why training ended without one. It may go on later."""
         ...

@@ -25,6 +25,7 @@ from pseudolabel.rundir import RunDirectory
 from pseudolabel.settings import TrainSettings
 from pseudolabel.step_times import StepTimes
 from pseudolabel.students.start import Start
+from pseudolabel.tracking import Tracking
 from pseudolabel.validate import Validation
 
 _LOG_EVERY = 20
@@ -65,6 +66,7 @@ class TrainingLoop:
         cache: CacheMode = "off",
         profile: bool = False,
         on_note: Callable[[str], None] | None = None,
+        tracking: Tracking | None = None,
     ) -> None:
         self._settings, self._validation, self._run, self._steps, self._device, self._workers = (
             settings,
@@ -74,6 +76,7 @@ class TrainingLoop:
             device,
             workers,
         )
+        self._tracking = tracking
         self._team = team or Team()
         self._first = self._team.world.first
         self.learner = Learner(settings, card, data, device, self._team, start)
@@ -96,6 +99,8 @@ class TrainingLoop:
     def run_to_the_end(self, on_progress: Callable[[TrainProgress], None] | None) -> tuple[int, float | None, float]:
         """Train all steps that are left. Returns the best step, its accuracy, and the seconds spent before a resume."""
         self._resume()
+        if self._tracking is not None:
+            self._tracking.begin(int(self._facts["step"]))
         earlier, started = float(self._facts["seconds"]), time.monotonic()
         eval_every = self._settings.eval_every or max(self._steps // 10, 1)
         mark, marked_step = time.monotonic(), int(self._facts["step"])
@@ -122,6 +127,8 @@ class TrainingLoop:
                 record = {"step": done, "loss": value, "lr": rate, "samples_per_second": round(speed, 1)}
                 if self._first:
                     self._run.log({**record, "val_accuracy": accuracy})
+                if self._tracking is not None:
+                    self._tracking.log({**record, "val_accuracy": accuracy})
                 if on_progress is not None:
                     on_progress(TrainProgress(done, self._steps, value, speed, accuracy))
             if done % eval_every == 0 and done < self._steps:

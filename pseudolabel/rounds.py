@@ -31,7 +31,7 @@ from pseudolabel.class_names import read_classes
 from pseudolabel.engines import default_engine
 from pseudolabel.errors import OutputExists, StorageError
 from pseudolabel.evaluate import evaluate
-from pseudolabel.interfaces import Engine, Teacher
+from pseudolabel.interfaces import Engine, Teacher, Tracker
 from pseudolabel.labels.store import open_store
 from pseudolabel.loop import TrainProgress
 from pseudolabel.recipe import Recipe, differences
@@ -41,6 +41,7 @@ from pseudolabel.shard_lists import Shard, list_shards
 from pseudolabel.shards import shard_sha256
 from pseudolabel.storage import Location
 from pseudolabel.teachers import parse_teachers
+from pseudolabel.tracking import grouped
 from pseudolabel.train import TrainResult, train
 from pseudolabel.trusting import Trust, known_leaks, needs_evidence, settle_trust
 
@@ -68,12 +69,13 @@ class Quiet:
 
 @dataclass(frozen=True)
 class Place:
-    """Where and how fast: nothing here changes a result."""
+    """Where, how fast and seen by whom: nothing here changes a result."""
 
     engine: Engine = field(default_factory=default_engine)
     device: str = "cpu"
     workers: int = 0
     threads: int | None = None
+    trackers: tuple[Tracker, ...] = ()
 
 
 def run(
@@ -122,11 +124,7 @@ class _Pipeline:
     def __init__(self, recipe: Recipe, out: Location, place: Place, watcher: Watcher) -> None:
         self.recipe, self.out, self.place, self.watcher = recipe, out, place, watcher
         data = recipe.data
-        self.labeled, self.unlabeled, self.val = (
-            list_shards(data.labeled),
-            list_shards(data.unlabeled),
-            list_shards(data.val),
-        )
+        self.labeled, self.unlabeled, self.val = map(list_shards, (data.labeled, data.unlabeled, data.val))
         self.test = list_shards(data.test) if data.test is not None else None
         self.classes = read_classes(data.classes) if data.classes is not None else None
         self.leaks = known_leaks(data.leaks, watcher.stage)
@@ -252,7 +250,12 @@ class _Pipeline:
             threads=self.place.threads,
             on_progress=self.watcher.training,
             on_note=lambda note: self.watcher.stage(f"note: {note}"),
+            trackers=grouped(self.place.trackers, name=self._name(directory), group=self.out.name or "run"),
         )
+
+    def _name(self, directory: Location) -> str:
+        """What a stage is called, such as round-1/student."""
+        return os.fspath(directory).removeprefix(os.fspath(self.out)).strip("/")
 
     def _row(self, number: int, teacher: str, student: str, directory: Location, result: TrainResult) -> Round:
         return Round(
@@ -262,7 +265,7 @@ class _Pipeline:
             result.parameters,
             result.val_accuracy,
             self._accuracy(
-                os.fspath(directory).removeprefix(os.fspath(self.out)).strip("/").replace("/", "-"),
+                self._name(directory).replace("/", "-"),
                 directory,
                 self.test,
                 trust_code=read_card(directory)[0].student == student,  # the recipe's code, not model.json's

@@ -4,11 +4,14 @@ run.json          written last: the run is complete; metrics and fingerprint
 recipe.toml       the settings, resolved
 metrics.jsonl     a line every few steps
 model.safetensors, model.json
+trackers.json     what finds this run with each of its trackers, if it has some
+events/           what TensorBoard reads, if it is one of them
 checkpoint/       state.safetensors, to resume from; removed when the run is complete
 """
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import json
 import shutil
@@ -20,12 +23,23 @@ from typing import Any
 import tomli_w
 
 from pseudolabel import storage
-from pseudolabel.errors import OutputExists
+from pseudolabel.errors import OutputExists, TrackerError
 from pseudolabel.storage import Location, Mirror
 
 FORMAT_VERSION = 1
 _STATE = "checkpoint/state.safetensors"
 _BEGUN = "checkpoint/begun"  # at a URL, where an empty directory is none
+_TRACKERS = "trackers.json"
+_EVENTS = "events.out.tfevents.*"
+_FILES = (
+    "run.json",
+    "recipe.toml",
+    "metrics.jsonl",
+    _TRACKERS,
+    "model.safetensors",
+    "model.json",
+    "report.html",
+)
 _TORN = 1 << 62  # the step of a line that a kill cut short: after all others
 
 
@@ -98,7 +112,7 @@ class RunDirectory:
         with storage.explain_os_errors(self.path, "making"):
             (self.path / "checkpoint").mkdir(parents=True, exist_ok=True)
         self.mirror.claim(_BEGUN)
-        self.mirror.pull("recipe.toml", "metrics.jsonl", _STATE)
+        self.mirror.pull("recipe.toml", "metrics.jsonl", _TRACKERS, _STATE)
         for directory in (self.path, self.path / "checkpoint"):
             storage.remove_stale(directory)
         if not self.state_path.exists():
@@ -127,7 +141,7 @@ class RunDirectory:
     def save(self, write: Callable[[Path, dict[str, Any]], None]) -> None:
         """Replace the checkpoint; `write` gets the path and the facts that `check` wants to find in it."""
         write(self.state_path, {"fingerprint": self.fingerprint, "identity": dict(self.identity)})
-        self.mirror.push("metrics.jsonl", _STATE)
+        self.mirror.push("metrics.jsonl", *self._events(), _STATE)
 
     def check(self, facts: Mapping[str, Any]) -> None:
         """Raises `OutputExists` if a checkpoint is of another run."""
@@ -144,27 +158,42 @@ class RunDirectory:
             "identity": dict(self.identity),
         }
         storage.write_atomic(self.path / "run.json", json.dumps(marker, indent=1) + "\n")
-        self.mirror.push("metrics.jsonl", "model.safetensors", "model.json", "run.json")
+        self.mirror.push("metrics.jsonl", *self._events(), "model.safetensors", "model.json", "run.json")
         self.mirror.remove(_STATE, _BEGUN)
         shutil.rmtree(self.path / "checkpoint", ignore_errors=True)
 
+    def tracked(self) -> dict[str, str]:
+        """What finds this run with its trackers, by their names. Raises `TrackerError`."""
+        path = self.path / _TRACKERS
+        if not path.exists():
+            return {}
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            same = found["fingerprint"] == self.fingerprint  # or of one that was stopped before its first checkpoint
+            return {str(name): str(earlier) for name, earlier in found["runs"].items()} if same else {}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise TrackerError(
+                f"{self.place / _TRACKERS}: can't be read ({error}); delete it, and trackers begin anew"
+            ) from error
+
+    def keep_tracked(self, runs: Mapping[str, str]) -> None:
+        """Keep it for a resume."""
+        content = {"fingerprint": self.fingerprint, "runs": dict(runs)}
+        storage.write_atomic(self.path / _TRACKERS, json.dumps(content, indent=1) + "\n")
+        self.mirror.push(_TRACKERS)
+
+    def _events(self) -> list[str]:
+        return [f"events/{path.name}" for path in sorted((self.path / "events").glob(_EVENTS))]
+
     def _own_names(self) -> set[str]:
-        own = {
-            "recipe.toml",
-            "metrics.jsonl",
-            "model.safetensors",
-            "model.json",
-            "checkpoint",
-            "report.html",
-            "run.json",
-        }
+        own = {*_FILES, "checkpoint", "events"}
         return own | {path.name for path in self.path.glob(".*.tmp-*")}
 
     def _clear(self) -> None:
         """Remove a run's own files, and nothing else."""
-        names = ("run.json", "recipe.toml", "metrics.jsonl", "model.safetensors", "model.json", "report.html")
-        self.mirror.remove(*names, _STATE, _BEGUN)
-        for name in names:
+        events = [f"events/{name}" for name in self.mirror.names("events") if fnmatch.fnmatch(name, _EVENTS)]
+        self.mirror.remove(*_FILES, *events, _STATE, _BEGUN)
+        for name in (*_FILES, *events):
             (self.path / name).unlink(missing_ok=True)
         shutil.rmtree(self.path / "checkpoint", ignore_errors=True)
 

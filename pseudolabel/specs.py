@@ -35,7 +35,8 @@ class Spec:
     def __str__(self) -> str:
         query = "&".join(f"{key}={quote(str(value), safe=_PLAIN)}" for key, value in self.args)
         name = _SPECIAL.sub(lambda match: quote(match[0], safe=""), self.name)
-        return f"{self.scheme}:{name}" + (f"?{query}" if query else "")
+        scheme = f"{self.scheme}:" if self.scheme else ""
+        return f"{scheme}{name}" + (f"?{query}" if query else "")
 
     def only(self, allowed: Iterable[str], whole: Mapping[str, range] | None = None) -> dict[str, Any]:
         """The arguments as a dict. Raises `SpecError` for one that isn't `allowed`, naming the nearest that is, and
@@ -62,6 +63,16 @@ def parse(text: str) -> Spec:
         raise SpecError(
             f"{text!r} is not a spec; write scheme:name?arg=value, such as torchvision:resnet50?weights=IMAGENET1K_V2"
         )
+    return Spec(scheme, unquote(name), tuple((key, _value(value)) for key, value in _arguments(text, query)))
+
+
+def parse_named(text: str) -> Spec:
+    """Split `name?arg=value`, a spec of a kind that needs no scheme; its values stay text. Raises `SpecError`."""
+    name, _, query = text.partition("?")
+    return Spec("", unquote(name), tuple(_arguments(text, query)))
+
+
+def _arguments(text: str, query: str) -> list[tuple[str, str]]:
     try:
         query = query.replace("+", "%2B")  # a plus in a path is a plus, not a space as in a form
         pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=True) if query else []
@@ -69,7 +80,7 @@ def parse(text: str) -> Spec:
         raise SpecError(f"{text!r}: can't read the arguments after '?' ({error}); write arg=value&arg=value") from error
     if len(dict(pairs)) != len(pairs):
         raise SpecError(f"{text!r}: an argument is given twice")
-    return Spec(scheme, unquote(name), tuple((key, _value(value)) for key, value in pairs))
+    return pairs
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

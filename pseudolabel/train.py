@@ -28,6 +28,7 @@ from pseudolabel.distributed import Team
 from pseudolabel.errors import LabelError, LaunchError, SpecError
 from pseudolabel.image_cache import CacheMode
 from pseudolabel.inputs import TrainingData, TrainingShard, gather
+from pseudolabel.interfaces import Tracker
 from pseudolabel.label_space import check_names
 from pseudolabel.labels.encodings import parse_encoding
 from pseudolabel.labels.store import Store, open_store
@@ -40,6 +41,7 @@ from pseudolabel.shard_lists import ShardsLike, as_shards
 from pseudolabel.starting import find_start
 from pseudolabel.students import parse_student
 from pseudolabel.students.start import Start
+from pseudolabel.tracking import Tracking
 from pseudolabel.validate import Validation
 from pseudolabel.views.image import Preprocessing, square
 
@@ -83,6 +85,7 @@ def train(
     team: Team | None = None,
     cache: CacheMode = "auto",
     profile: bool = False,
+    trackers: Sequence[Tracker] = (),
 ) -> TrainResult:
     """Train a student into the run directory `out`, or go on with the training that was interrupted there.
 
@@ -94,6 +97,7 @@ def train(
     learned, but for the last bits that another number of threads may change; nor does `cache`, which keeps decoded
     images in memory (see `image_cache.keep_images`; `on_note` is told what it takes), nor `profile`. Each process of a
     `team` (see `joined`) calls this with the same arguments but its own device, and gets the same result.
+    `trackers` are told of the metrics in the first of these processes, and change no result.
 
     The student starts from the weights of `init_from` (a finished run, or a .safetensors file), or else of its spec. A
     note says what was taken and what begins random: to `on_note`, or as a warning if nobody listens.
@@ -106,6 +110,7 @@ def train(
         DamagedModel: `init_from` is incomplete or not what was saved.
         SpecError: the student can't be built, or the weights to start from don't fit it.
         LaunchError: the processes of a team have different inputs, or are too many for the batch.
+        TrackerError: a tracker can't begin.
         Diverged: the loss is no longer finite.
     """
     started = time.monotonic()
@@ -132,7 +137,8 @@ def train(
     team.check_same(identity)
     with storage.mirrored(storage.location(out)) as mirror:
         run = RunDirectory(mirror, "train", identity)
-        with _threads(threads, device), _claimed(run, team):
+        tracking = Tracking(trackers if team.world.first else (), run, settings.model_dump(mode="json"))
+        with _threads(threads, device), _claimed(run, team), tracking:
             loop = TrainingLoop(
                 settings,
                 card,
@@ -147,6 +153,7 @@ def train(
                 cache=cache,
                 profile=profile,
                 on_note=on_note,
+                tracking=tracking,
             )
             if (finished := team.from_first(run.start(overwrite=overwrite) if team.world.first else None)) is not None:
                 known = {**finished["result"], "run": storage.shown(os.fspath(out))}
@@ -165,6 +172,7 @@ def train(
             if team.world.first:
                 save_model(run.path, card, loop.best_body())
                 run.finish({"result": dataclasses.asdict(result), "metrics": {"val_accuracy": accuracy}})
+            tracking.finish(dataclasses.asdict(result))
         return result
 
 

@@ -12,7 +12,7 @@ MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in ROOT.rglob("*.py")
 }
-IMPLEMENTATIONS = {name for name in MODULES if name.startswith(("teachers.", "engines."))}
+IMPLEMENTATIONS = {name for name in MODULES if name.startswith(("teachers.", "engines.", "trackers."))}
 VERBS = {
     "pack",
     "annotate",
@@ -92,6 +92,10 @@ def test_only_the_outside_imports_the_outside() -> None:
         ("open_clip", {"teachers.open_clip"}),
         ("onnx", {"teachers.onnx"}),
         ("onnxruntime", {"teachers.onnx"}),
+        ("tensorboard", {"trackers.tensorboard"}),
+        ("wandb", {"trackers.wandb"}),
+        ("mlflow", {"trackers.mlflow"}),
+        ("trackio", {"trackers.trackio"}),
     ],
 )
 def test_a_package_has_one_importer(package: str, home: set[str]) -> None:

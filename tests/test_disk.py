@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -17,11 +18,14 @@ from pseudolabel.engines.local import LocalEngine
 from pseudolabel.errors import StorageError
 from pseudolabel.labels.store import open_store
 from pseudolabel.labels.verify import verify
+from pseudolabel.loop import TrainProgress
 from pseudolabel.pack import pack
+from pseudolabel.rundir import read_metrics
 from pseudolabel.settings import AnnotateSettings, TrainSettings
 from pseudolabel.shard_lists import list_shards
 from pseudolabel.shards import write_shard
 from pseudolabel.teachers import parse_teacher
+from pseudolabel.trackers import parse_tracker
 from pseudolabel.train import train
 
 
@@ -126,3 +130,31 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
         raise RuntimeError
     assert (tmp_path / "x").read_text() == "old"
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_event_files_on_a_full_disk_cost_a_warning_not_the_training(
+    small_disk: Path, corpus: Path, tmp_path: Path
+) -> None:
+    """TensorBoard's own writer would leave it to a thread, and wait for that for ever at the end."""
+    pytest.importorskip("tensorboard")
+    out = tmp_path / "run"
+    settings = TrainSettings(
+        student="small:resnet8?width=4", image_size=12, channels=1, steps=60, batch_size=8, eval_every=1
+    )  # a file of more than a page, 4 KiB
+
+    def fill(progress: TrainProgress) -> None:
+        if progress.step == 2:
+            with contextlib.suppress(OSError):
+                (small_disk / "big").write_bytes(bytes(1 << 20))
+
+    def begun(progress: TrainProgress) -> None:
+        raise KeyboardInterrupt
+
+    data = {"labeled": str(corpus / "labeled"), "threads": 1}
+    with pytest.raises(KeyboardInterrupt):
+        train(settings, out, **data, on_progress=begun)  # type: ignore[arg-type]
+    (out / "events").symlink_to(small_disk)
+    with pytest.warns(UserWarning, match="tensorboard: tracking failed .*No space left") as warned:
+        train(settings, out, **data, on_progress=fill, trackers=[parse_tracker("tensorboard")])  # type: ignore[arg-type]
+    assert len(warned) == 1
+    assert [line["step"] for line in read_metrics(out / "metrics.jsonl")] == list(range(1, 61))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import REPOSITORY, Cli, digit_like, wait_until_gone
+from event_files import scalars
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -120,7 +122,8 @@ def test_two_processes_train_as_one_does_and_go_on_after_sigkill(
     assert told[0]["fingerprint"] == told[1]["fingerprint"], "how many trained it is no part of what a run is"
     assert told[1]["metrics"]["val_accuracy"] == pytest.approx(told[0]["metrics"]["val_accuracy"], abs=1.5 / 24)
 
-    process = torchrun.start(*_options(corpus, store, "killed", SETTINGS), restarts=1)
+    tracked = ("--tracker", "tensorboard") if importlib.util.find_spec("tensorboard") is not None else ()
+    process = torchrun.start(*_options(corpus, store, "killed", SETTINGS), *tracked, restarts=1)
     victim = _wait_for_rank(process, 1)
     while not (tmp_path / "killed" / "checkpoint" / "state.safetensors").exists():
         assert process.poll() is None, process.communicate()
@@ -133,6 +136,9 @@ def test_two_processes_train_as_one_does_and_go_on_after_sigkill(
     for name in ("model.safetensors", "model.json"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     assert result["val_accuracy"] == told[1]["metrics"]["val_accuracy"]
+    if tracked:  # one process writes, before the kill and after
+        assert len(list((tmp_path / "killed" / "events").iterdir())) == 2
+        assert scalars(tmp_path / "killed" / "events")["loss"] == [(step, pytest.approx(loss)) for step, loss in two]
 
 
 def test_what_one_process_began_two_go_on_with(torchrun: Torchrun, corpus: Path, store: Path, tmp_path: Path) -> None:

@@ -20,6 +20,15 @@ Threads = Annotated[
     int | None, typer.Option(min=1, help="CPU threads that train; by default the cores that load nothing")
 ]
 LoaderWorkers = Annotated[int | None, typer.Option(min=0, help="loader processes; by default 1, up to 8 beside a GPU")]
+TrackerSpecs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tracker",
+        metavar="NAME[?ARG=VALUE]",
+        help="show metrics there, too: tensorboard, wandb?project=P, mlflow?uri=U&experiment=E or trackio?project=P; "
+        "may be repeated",
+    ),
+]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=C", help="override a value of the recipe; may be repeated")
 ]

@@ -18,6 +18,7 @@ from pseudolabel.cli.options import (
     Overwrite,
     Shards,
     Threads,
+    TrackerSpecs,
     train_option,
     train_settings,
     training_place,
@@ -120,6 +121,7 @@ def train(
         Cache, typer.Option(help="decoded images in memory: auto, if they take a quarter of what is free; ram; off")
     ] = Cache.auto,
     profile: Annotated[bool, typer.Option("--profile", help="print where the time of a step goes")] = False,
+    tracker: TrackerSpecs = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> Mapping[str, Any] | None:
@@ -141,8 +143,10 @@ def train(
     from pseudolabel.distributed import joined
     from pseudolabel.labels.store import open_store
     from pseudolabel.shard_lists import list_shards
+    from pseudolabel.trackers import parse_tracker
     from pseudolabel.train import train
 
+    trackers = [parse_tracker(one) for one in tracker or ()] if world.first else []
     place = training_place(device, workers, threads, world)
     with Display() as display, joined(world, torch.device(place["device"])) as team:
         result = train(
@@ -163,6 +167,7 @@ def train(
             cache=cache.value,
             profile=profile,
             team=team,
+            trackers=trackers,
             **place,
         )
     if not world.first:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from pseudolabel.cli.command import command, for_people
-from pseudolabel.cli.options import Device, Json, LoaderWorkers, Overrides, Threads, training_place
+from pseudolabel.cli.options import Device, Json, LoaderWorkers, Overrides, Threads, TrackerSpecs, training_place
 from pseudolabel.display import Display, print_rounds
 from pseudolabel.forkserver import fork_server
 
@@ -23,6 +23,7 @@ def run(
     device: Device = "auto",
     workers: LoaderWorkers = None,
     threads: Threads = None,
+    tracker: TrackerSpecs = None,
     as_json: Json = False,
 ) -> Mapping[str, Any]:
     """Run a recipe: teacher, rounds of annotate and train, control, table. Finished stages are skipped."""
@@ -32,10 +33,13 @@ def run(
     from pseudolabel.report import write_report
     from pseudolabel.rounds import Place, run
     from pseudolabel.run_result import table
+    from pseudolabel.trackers import parse_tracker
 
+    trackers = tuple(parse_tracker(one) for one in tracker or ())
     loaded = load_recipe(recipe, overrides or ())
     with Display() as display:
-        result = run(loaded, out, Place(LocalEngine(device), **training_place(device, workers, threads)), display)
+        place = Place(LocalEngine(device), **training_place(device, workers, threads), trackers=trackers)
+        result = run(loaded, out, place, display)
     rows = table(result)
     print_rounds(rows, for_people(as_json))
     print(f"page: {write_report(out)}", file=for_people(as_json))

@@ -35,11 +35,12 @@ class Mirror:
         """What the user called it."""
         return self.remote or self.path
 
-    def names(self) -> list[str]:
-        """What lies right below the place."""
+    def names(self, below: str = "") -> list[str]:
+        """What lies right below the place, or a directory of it."""
         if self.remote is not None:
-            return [one.name for one in self.remote.iterdir()]
-        return [one.name for one in self.path.iterdir()] if self.path.is_dir() else []
+            return [one.name for one in (self.remote / below if below else self.remote).iterdir()]
+        directory = self.path / below
+        return [one.name for one in directory.iterdir()] if directory.is_dir() else []
 
     def pull(self, *names: str) -> None:
         """Fetch those of these files that are there. Raises `StorageError`."""
