@@ -45,7 +45,7 @@ from pseudolabel.rundir import RunDirectory
 from pseudolabel.settings import AnnotateSettings, AugmentSettings, TrainSettings
 from pseudolabel.shard_lists import list_shards
 from pseudolabel.teachers import parse_teacher
-from pseudolabel.train import preprocessing_of
+from pseudolabel.training_setup import preprocessing_of
 
 ENCODINGS = ("dense", "topk:5")
 AUGMENT = AugmentSettings(erasing=0.25)

@@ -43,6 +43,7 @@ from pseudolabel.storage import Location
 from pseudolabel.teachers import parse_teachers
 from pseudolabel.tracking import grouped
 from pseudolabel.train import TrainResult, train
+from pseudolabel.training_setup import check_before_annotating
 from pseudolabel.trusting import Trust, known_leaks, needs_evidence, settle_trust
 
 
@@ -95,6 +96,7 @@ def run(
 
 def _run(pipeline: _Pipeline, started: float) -> RunResult:
     recipe, out = pipeline.recipe, pipeline.out
+    check_before_annotating(recipe.train, recipe.annotate.encoding, calibrated=recipe.calibrate is not None)
     pipeline.claim()
     teacher_uris, teacher_row = pipeline.first_teacher()
     rounds: list[Round] = []

@@ -9,41 +9,42 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
-import json
 import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from pseudolabel import storage
 from pseudolabel.calibration import Calibration, read_calibration
 from pseudolabel.checkpoint import ModelCard, save_model
-from pseudolabel.dataset import TrainingBatches
 from pseudolabel.distributed import Team
-from pseudolabel.errors import LabelError, LaunchError, SpecError
+from pseudolabel.errors import LabelError
 from pseudolabel.image_cache import CacheMode
-from pseudolabel.inputs import TrainingData, TrainingShard, gather
+from pseudolabel.inputs import gather
 from pseudolabel.interfaces import Tracker
 from pseudolabel.label_space import check_names
-from pseudolabel.labels.encodings import parse_encoding
 from pseudolabel.labels.store import Store, open_store
 from pseudolabel.loop import TrainingLoop, TrainProgress
-from pseudolabel.losses import SoftLabels, check_loss, parse_loss
+from pseudolabel.losses import check_loss, parse_loss
 from pseudolabel.rundir import RunDirectory
 from pseudolabel.selection import Selection, open_selection
 from pseudolabel.settings import TrainSettings
 from pseudolabel.shard_lists import ShardsLike, as_shards
 from pseudolabel.starting import find_start
 from pseudolabel.students import parse_student
-from pseudolabel.students.start import Start
 from pseudolabel.tracking import Tracking
+from pseudolabel.training_setup import (
+    as_set,
+    check_shares,
+    identity_of,
+    number_of_steps,
+    preprocessing_of,
+    soft_labels,
+)
 from pseudolabel.validate import Validation
-from pseudolabel.views.image import Preprocessing, square
 
 
 @dataclass(frozen=True)
@@ -115,13 +116,13 @@ def train(
     """
     started = time.monotonic()
     team = team or Team()
-    _check_shares(settings, team)
+    check_shares(settings, team)
     store = open_store(store) if isinstance(store, (str, os.PathLike)) else store
     val = as_shards(val)
     selection = open_selection(selection) if isinstance(selection, (str, os.PathLike)) else selection
     calibration = read_calibration(calibration) if isinstance(calibration, (str, os.PathLike)) else calibration
     data, names = gather(as_shards(labeled), as_shards(unlabeled), store, classes, num_classes, selection, calibration)
-    data = _as_set(data, settings)
+    data = as_set(data, settings)
     student = parse_student(settings.student)
     start = find_start(student, len(names), settings.channels, init_from)
     card = ModelCard(settings.student, names, preprocessing_of(settings, start), student.config)
@@ -129,11 +130,11 @@ def train(
     validation = Validation(val, card.preprocessing, len(names), device, team) if val else None
     parse_loss(settings.loss)
     if store is not None:
-        check_loss(settings.loss, _soft_labels(settings, data, store))
+        check_loss(settings.loss, soft_labels(settings, data, store))
     if store is not None and settings.alpha == 0 and settings.labeled_fraction == 0:
         raise LabelError("alpha 0 leaves out the soft labels and labeled fraction 0 the labels: nothing to learn from")
-    steps = _number_of_steps(settings, data)
-    identity = _identity(settings, data, validation, card, start)
+    steps = number_of_steps(settings, data)
+    identity = identity_of(settings, data, validation, card, start)
     team.check_same(identity)
     with storage.mirrored(storage.location(out)) as mirror:
         run = RunDirectory(mirror, "train", identity)
@@ -169,10 +170,11 @@ def train(
             place = storage.shown(os.fspath(out))
             notes = loop.learner.notes
             result = TrainResult(place, steps, seconds, accuracy, best_step, parameters, notes, profiled)
+            told = {**dataclasses.asdict(result), "notes": list(notes)}
             if team.world.first:
                 save_model(run.path, card, loop.best_body())
-                run.finish({"result": dataclasses.asdict(result), "metrics": {"val_accuracy": accuracy}})
-            tracking.finish(dataclasses.asdict(result))
+                run.finish({"result": told, "metrics": {"val_accuracy": accuracy}})
+            tracking.finish(told)
         return result
 
 
@@ -185,118 +187,6 @@ def _claimed(run: RunDirectory, team: Team) -> Iterator[None]:
     run.check_place()
     with storage.held(run.path):
         yield
-
-
-def _check_shares(settings: TrainSettings, team: Team) -> None:
-    """Two rows at once, as many as one process needs: batch norms of a single row would fail."""
-    if settings.batch_size < 2 * team.world.size:
-        raise LaunchError(
-            f"--batch-size {settings.batch_size} is for all {team.world.size} processes together, and each needs 2 "
-            f"rows; make it {2 * team.world.size} or more, or start fewer processes"
-        )
-    if settings.batch_size < 2 * team.world.size * settings.accumulate:
-        raise SpecError(
-            f"--accumulate {settings.accumulate}: --batch-size {settings.batch_size} in so many parts"
-            f"{f', by {team.world.size} processes,' if team.world.size > 1 else ''} leaves fewer than 2 rows for one"
-        )
-
-
-def preprocessing_of(settings: TrainSettings, start: Start | None = None) -> Preprocessing:
-    """The student's clean view. Trained on random areas, it looks at the centre of a slightly larger image. Weights
-    that it starts from were trained on images normalised in their own way, and see them so again.
-    """
-    made = square(settings.input_size, settings.channels)
-    if start is not None and start.norm is not None:
-        made = dataclasses.replace(made, mean=start.norm[0], std=start.norm[1])
-    return (
-        dataclasses.replace(made, resize=round(settings.input_size / 0.875))
-        if settings.augment.crop == "resized"
-        else made
-    )
-
-
-def _as_set(data: TrainingData, settings: TrainSettings) -> TrainingData:
-    """The data as the settings want it presented. Raises `SpecError` for what they can't have."""
-    of_labels = {
-        "label_sampling": settings.label_sampling != "natural",
-        "label_smoothing": settings.label_smoothing > 0,
-        "class_weights": settings.class_weights != "none",
-        "logit_adjustment": settings.logit_adjustment > 0,
-    }
-    idle = [f"--{name.replace('_', '-')}" for name, asked in of_labels.items() if asked]
-    if idle and (not data.labeled or (data.unlabeled and settings.labeled_fraction == 0)):
-        raise SpecError(f"{idle[0]}: is about labeled rows, and no labels are trained on; leave it out")
-    return dataclasses.replace(data, replay=_views(data, settings), balanced=settings.label_sampling == "balanced")
-
-
-def _views(data: TrainingData, settings: TrainSettings) -> int:
-    """How many augmented views to replay. Raises `SpecError` if the store hasn't so many."""
-    if settings.replay is None or data.store is None or not data.unlabeled:
-        return 0
-    there = data.store.identity.num_views - 1
-    wanted = there if settings.replay == "all" else settings.replay
-    if not 1 <= wanted <= there:
-        raise SpecError(
-            f"--replay {settings.replay}: {data.store.root} has {there} augmented views of a sample\n"
-            f"annotate with --views {wanted + 1 if wanted else 5} (the clean one counts), or leave --replay out"
-        )
-    return wanted
-
-
-def _soft_labels(settings: TrainSettings, data: TrainingData, store: Store) -> SoftLabels:
-    """What the loss will see of the store."""
-    mapped = data.calibration
-    return SoftLabels(
-        parse_encoding(store.identity.encoding),
-        data.num_classes,
-        settings.temperature * (mapped.temperature if mapped is not None else 1.0),
-        settings.tail if mapped is None or mapped.is_temperature else "uniform",
-        settings.standardize,
-        unlabeled=bool(data.unlabeled),
-    )
-
-
-def _number_of_steps(settings: TrainSettings, data: TrainingData) -> int:
-    if settings.epochs is None:
-        return settings.steps if settings.steps is not None else 1000
-    batches = TrainingBatches(
-        data,
-        preprocessing_of(settings),
-        settings.augment,
-        batch_size=settings.batch_size,
-        labeled_fraction=settings.labeled_fraction,
-        seed=0,
-        steps=0,
-    )
-    rows = sum(one.rows for one in (data.unlabeled if batches.num_pseudo else data.labeled))
-    return max(1, round(settings.epochs * rows / (batches.num_pseudo or batches.num_labeled)))
-
-
-def _identity(
-    settings: TrainSettings, data: TrainingData, validation: Validation | None, card: ModelCard, start: Start | None
-) -> dict[str, Any]:
-    def contents(shards: Sequence[TrainingShard]) -> str:
-        lines = [f"{one.shard.name} {one.sha256} {one.part is not None}" for one in shards]
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-    # These two are there only where they matter: fingerprints made before them stay.
-    more = {"initial_weights": start.fingerprint()} if start is not None else {}
-    more |= {"config": _sha256(card.config)} if card.config is not None else {}
-    return {
-        "settings": settings.model_dump(mode="json"),
-        "classes": _sha256(card.classes),
-        "labeled": contents(data.labeled),
-        "unlabeled": contents(data.unlabeled),
-        "val": validation.sha256 if validation is not None else None,
-        "store": data.store.fingerprint if data.store is not None else None,
-        "selection": data.selection.fingerprint if data.selection is not None else None,
-        "calibration": data.calibration.fingerprint if data.calibration is not None else None,
-        **more,
-    }
-
-
-def _sha256(facts: Any) -> str:
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 @contextlib.contextmanager

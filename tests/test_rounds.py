@@ -85,6 +85,24 @@ def test_a_warm_round_starts_from_the_last_ones_student(recipe_file: Path, tmp_p
     assert not any(notes.values())
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.loss=kdd"], "did you mean 'kd'"),
+        (["train.loss=dist", "annotate.encoding=topk:2"], "needs the logits of all classes"),
+        (["train.loss=dkd"], "target=teacher"),
+        (["annotate.encoding=sampled:9", "train.temperature=2"], "train with --temperature 1"),
+        (["train.student=small:resnet9"], "did you mean 'resnet8'"),
+    ],
+)
+def test_what_no_student_could_learn_from_is_refused_before_annotating(
+    recipe_file: Path, tmp_path: Path, overrides: list[str], message: str
+) -> None:
+    with pytest.raises(SpecError, match=message):
+        _run(load_recipe(recipe_file, overrides), tmp_path / "run")
+    assert not (tmp_path / "run" / "round-1").exists()
+
+
 def test_a_recipe_that_leaves_init_alone_reads_as_before(recipe_file: Path, tmp_path: Path) -> None:
     """Or else every run begun before there was such a choice would be refused as another recipe's."""
     plain, said = load_recipe(recipe_file), load_recipe(recipe_file, ["rounds.init=born-again"])

@@ -28,7 +28,8 @@ from pseudolabel.loop import TrainProgress
 from pseudolabel.settings import TrainSettings
 from pseudolabel.starting import find_start, start_from
 from pseudolabel.students import parse_student
-from pseudolabel.train import TrainResult, preprocessing_of, train
+from pseudolabel.train import TrainResult, train
+from pseudolabel.training_setup import preprocessing_of
 from pseudolabel.views.image import square
 
 SMALL = TrainSettings(student="small:resnet8?width=4", image_size=12, channels=1, steps=2, batch_size=8, eval_every=1)

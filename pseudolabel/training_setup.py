@@ -1,0 +1,151 @@
+"""What settings make of the data before the first step: how rows are presented, how many steps, what the run is."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from pseudolabel.checkpoint import ModelCard
+from pseudolabel.dataset import split_batch
+from pseudolabel.distributed import Team
+from pseudolabel.errors import LaunchError, SpecError
+from pseudolabel.inputs import TrainingData, TrainingShard
+from pseudolabel.labels.encodings import parse_encoding
+from pseudolabel.labels.sampled import Sampled
+from pseudolabel.labels.store import Store
+from pseudolabel.losses import SoftLabels, check_loss, parse_loss
+from pseudolabel.settings import TrainSettings
+from pseudolabel.students import parse_student
+from pseudolabel.students.start import Start
+from pseudolabel.validate import Validation
+from pseudolabel.views.image import Preprocessing, square
+
+_MANY_CLASSES = 1 << 20  # more than any loss wants at the least
+
+
+def check_shares(settings: TrainSettings, team: Team) -> None:
+    """Two rows at once, as many as one process needs: batch norms of a single row would fail."""
+    if settings.batch_size < 2 * team.world.size:
+        raise LaunchError(
+            f"--batch-size {settings.batch_size} is for all {team.world.size} processes together, and each needs 2 "
+            f"rows; make it {2 * team.world.size} or more, or start fewer processes"
+        )
+    if settings.batch_size < 2 * team.world.size * settings.accumulate:
+        raise SpecError(
+            f"--accumulate {settings.accumulate}: --batch-size {settings.batch_size} in so many parts"
+            f"{f', by {team.world.size} processes,' if team.world.size > 1 else ''} leaves fewer than 2 rows for one"
+        )
+
+
+def preprocessing_of(settings: TrainSettings, start: Start | None = None) -> Preprocessing:
+    """The student's clean view. Trained on random areas, it looks at the centre of a slightly larger image. Weights
+    that it starts from were trained on images normalised in their own way, and see them so again.
+    """
+    made = square(settings.input_size, settings.channels)
+    if start is not None and start.norm is not None:
+        made = dataclasses.replace(made, mean=start.norm[0], std=start.norm[1])
+    return (
+        dataclasses.replace(made, resize=round(settings.input_size / 0.875))
+        if settings.augment.crop == "resized"
+        else made
+    )
+
+
+def as_set(data: TrainingData, settings: TrainSettings) -> TrainingData:
+    """The data as the settings want it presented. Raises `SpecError` for what they can't have."""
+    of_labels = {
+        "label_sampling": settings.label_sampling != "natural",
+        "label_smoothing": settings.label_smoothing > 0,
+        "class_weights": settings.class_weights != "none",
+        "logit_adjustment": settings.logit_adjustment > 0,
+    }
+    idle = [f"--{name.replace('_', '-')}" for name, asked in of_labels.items() if asked]
+    if idle and (not data.labeled or (data.unlabeled and settings.labeled_fraction == 0)):
+        raise SpecError(f"{idle[0]}: is about labeled rows, and no labels are trained on; leave it out")
+    return dataclasses.replace(data, replay=_views(data, settings), balanced=settings.label_sampling == "balanced")
+
+
+def _views(data: TrainingData, settings: TrainSettings) -> int:
+    """How many augmented views to replay. Raises `SpecError` if the store hasn't so many."""
+    if settings.replay is None or data.store is None or not data.unlabeled:
+        return 0
+    there = data.store.identity.num_views - 1
+    wanted = there if settings.replay == "all" else settings.replay
+    if not 1 <= wanted <= there:
+        raise SpecError(
+            f"--replay {settings.replay}: {data.store.root} has {there} augmented views of a sample\n"
+            f"annotate with --views {wanted + 1 if wanted else 5} (the clean one counts), or leave --replay out"
+        )
+    return wanted
+
+
+def soft_labels(settings: TrainSettings, data: TrainingData, store: Store) -> SoftLabels:
+    """What the loss will see of the store."""
+    mapped = data.calibration
+    return SoftLabels(
+        parse_encoding(store.identity.encoding),
+        data.num_classes,
+        settings.temperature * (mapped.temperature if mapped is not None else 1.0),
+        settings.tail if mapped is None or mapped.is_temperature else "uniform",
+        settings.standardize,
+        unlabeled=bool(data.unlabeled),
+    )
+
+
+def check_before_annotating(settings: TrainSettings, encoding: str, *, calibrated: bool) -> None:
+    """Raise `SpecError` for a student or a loss that isn't one, or that can't learn from labels stored so: a teacher
+    may be about to label for hours. A calibration's temperature isn't known yet, so that of draws isn't looked at with one.
+    """
+    parse_student(settings.student)
+    parse_loss(settings.loss)
+    if encoding.startswith("auto:"):
+        return
+    stored = parse_encoding(encoding)
+    temperature = settings.temperature
+    if calibrated and isinstance(stored, Sampled):
+        temperature = stored.temperature
+    given = SoftLabels(stored, _MANY_CLASSES, temperature, settings.tail, settings.standardize)
+    check_loss(settings.loss, given)
+
+
+def number_of_steps(settings: TrainSettings, data: TrainingData) -> int:
+    if settings.epochs is None:
+        return settings.steps if settings.steps is not None else 1000
+    num_labeled, num_pseudo = split_batch(
+        settings.batch_size,
+        settings.labeled_fraction,
+        has_labeled=bool(data.labeled),
+        has_pseudo=bool(data.unlabeled),
+    )
+    rows = sum(one.rows for one in (data.unlabeled if num_pseudo else data.labeled))
+    return max(1, round(settings.epochs * rows / (num_pseudo or num_labeled)))
+
+
+def identity_of(
+    settings: TrainSettings, data: TrainingData, validation: Validation | None, card: ModelCard, start: Start | None
+) -> dict[str, Any]:
+    def contents(shards: Sequence[TrainingShard]) -> str:
+        lines = [f"{one.shard.name} {one.sha256} {one.part is not None}" for one in shards]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+    # These two are there only where they matter: fingerprints made before them stay.
+    more = {"initial_weights": start.fingerprint()} if start is not None else {}
+    more |= {"config": _sha256(card.config)} if card.config is not None else {}
+    return {
+        "settings": settings.model_dump(mode="json"),
+        "classes": _sha256(card.classes),
+        "labeled": contents(data.labeled),
+        "unlabeled": contents(data.unlabeled),
+        "val": validation.sha256 if validation is not None else None,
+        "store": data.store.fingerprint if data.store is not None else None,
+        "selection": data.selection.fingerprint if data.selection is not None else None,
+        "calibration": data.calibration.fingerprint if data.calibration is not None else None,
+        **more,
+    }
+
+
+def _sha256(facts: Any) -> str:
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
