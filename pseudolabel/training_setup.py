@@ -97,7 +97,8 @@ def soft_labels(settings: TrainSettings, data: TrainingData, store: Store) -> So
 
 def check_before_annotating(settings: TrainSettings, encoding: str, *, calibrated: bool) -> None:
     """Raise `SpecError` for a student or a loss that isn't one, or that can't learn from labels stored so: a teacher
-    may be about to label for hours. A calibration's temperature isn't known yet, so that of draws isn't looked at with one.
+    may be about to label for hours. A calibration's temperature isn't known yet, so with one that of draws isn't looked
+    at.
     """
     parse_student(settings.student)
     parse_loss(settings.loss)
