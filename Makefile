@@ -36,6 +36,8 @@ bench: install
 	$(BIN)/python benchmarks/store.py
 	$(BIN)/python benchmarks/annotate.py
 	$(BIN)/python benchmarks/train.py
+	$(BIN)/python benchmarks/loader.py
+	$(BIN)/python benchmarks/student_views.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/plan.py
 	$(BIN)/python benchmarks/scale.py

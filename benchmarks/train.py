@@ -1,8 +1,9 @@
 """What training from cached soft labels costs beside supervised training, and beside a teacher in the loop.
 
-    python benchmarks/train.py [--quick] [--json] [--device cuda]
+    python benchmarks/train.py [--quick] [--json] [--device cuda] [--photographs]
 
-The demo's student on its images, batch size and augmentation, trained in turns of some seconds:
+The demo's student on its images, batch size and augmentation; with --photographs a ResNet-18 of 224 pixels on made
+JPEGs of 256, a ViT-B/16 its teacher, in bf16 (real sizes, meant for a GPU). Trained in turns of some seconds:
 
     supervised    all rows of a batch have labels
     cached        an eighth has; the soft labels of the rest come from a store of the encoding that the row names
@@ -22,7 +23,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import made
@@ -43,25 +44,62 @@ from pseudolabel.loop import TrainingLoop
 from pseudolabel.pack import pack
 from pseudolabel.rundir import RunDirectory
 from pseudolabel.settings import AnnotateSettings, AugmentSettings, TrainSettings
-from pseudolabel.shard_lists import list_shards
+from pseudolabel.shard_lists import Shard, list_shards
+from pseudolabel.shards import write_shard
 from pseudolabel.teachers import parse_teacher
 from pseudolabel.training_setup import preprocessing_of
 
 ENCODINGS = ("dense", "topk:5")
-AUGMENT = AugmentSettings(erasing=0.25)
-SETTINGS = TrainSettings(student="small:resnet8?width=16&stem_stride=2", image_size=28, channels=1, augment=AUGMENT)
+PHOTOS_A_SHARD = 250
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained on what: labeled shards, the first of which keeps its labels, and a teacher's spec."""
+
+    shards: list[Shard]
+    teacher: str
+    settings: TrainSettings
+
+
+def garments(scratch: Path, *, quick: bool) -> Task:
+    """The demo's."""
+    pack(bundled("data/fashion-mnist") / "train-images-idx3-ubyte.gz", scratch / "data")
+    augment, student = AugmentSettings(erasing=0.25), "small:resnet8?width=16&stem_stride=2"
+    settings = TrainSettings(student=student, image_size=28, channels=1, augment=augment)
+    shards = list_shards(scratch / "data" / "labeled")[: 2 if quick else None]
+    return Task(shards, made.bundled_teacher(scratch), settings)
+
+
+def photographs(scratch: Path, *, quick: bool) -> Task:
+    """Images, student and teacher as large as in earnest; random weights take as long as trained ones."""
+    images = made.photos(PHOTOS_A_SHARD if not quick else 20)
+    for number in range(2 if quick else 8):
+        samples = ((f"{number}-{row}", {"jpg": image, "cls": str(row).encode()}) for row, image in enumerate(images))
+        write_shard(scratch / "photos" / f"photos-{number}.tar", samples)
+    teacher, student = ("resnet18", "mobilenet_v3_small") if quick else ("vit_b_16", "resnet18")
+    settings = TrainSettings(
+        student=f"torchvision:{student}",
+        batch_size=8 if quick else 256,
+        precision="bf16",
+        augment=AugmentSettings(crop="resized"),
+    )
+    spec = made.random_model(scratch / "teacher", f"torchvision:{teacher}", made.IMAGENET)
+    return Task(list_shards(scratch / "photos"), spec, settings)
 
 
 class Variant:
     """A training run that goes on step by step. With a teacher it is an online one."""
 
-    def __init__(self, data: TrainingData, device: str, teacher: LoadedTeacher | None = None) -> None:
-        self._device, self._teacher = torch.device(device), teacher
+    def __init__(
+        self, settings: TrainSettings, data: TrainingData, device: str, teacher: LoadedTeacher | None = None
+    ) -> None:
+        self._settings, self._device, self._teacher = settings, torch.device(device), teacher
         self.workers = 0 if device == "cpu" else max(1, min(8, available_cores() - 1))
-        card = ModelCard(SETTINGS.student, tuple(map(str, range(data.num_classes))), preprocessing_of(SETTINGS))
+        card = ModelCard(settings.student, tuple(map(str, range(data.num_classes))), preprocessing_of(settings))
         unused = RunDirectory(Path("unused"), "train", {})
         self._loop = TrainingLoop(
-            SETTINGS, card, data, None, unused, 1_000_000, self._device, self.workers, cache="auto"
+            settings, card, data, None, unused, 1_000_000, self._device, self.workers, cache="auto"
         )
         self._batches = self._loop.batches_from(0)
 
@@ -70,7 +108,7 @@ class Variant:
 
     def step(self) -> None:
         """Load a batch and learn from it."""
-        self._loop.learner.step(self.soften(self.load()), SETTINGS.lr, 0, self._loop.times)
+        self._loop.learner.step(self.soften(self.load()), self._settings.lr, 0, self._loop.times)
 
     def soften(self, batch: Batch) -> Batch:
         """Let the teacher, if there is one, label the unlabeled rows of a batch, which are the last."""
@@ -84,21 +122,20 @@ class Variant:
         return replace(batch, targets=targets, soft_weight_B=weights, num_soft=count)
 
 
-def make_variants(scratch: Path, teacher: str, device: str, *, quick: bool) -> dict[str, Variant]:
+def make_variants(task: Task, scratch: Path, device: str) -> dict[str, Variant]:
     """The runs to compare, on the same images: the labels of the first shard are known, or all are."""
-    pack(bundled("data/fashion-mnist") / "train-images-idx3-ubyte.gz", scratch / "data")
-    shards = list_shards(scratch / "data" / "labeled")[: 2 if quick else None]
-    labeled, unlabeled = shards[:1], shards[1:]
-    data, _ = gather(shards, (), None, None, None)
-    variants = {"supervised": Variant(data, device)}
+    labeled, unlabeled = task.shards[:1], task.shards[1:]
+    loaded = parse_teacher(task.teacher).load(torch.device(device))
+    num_classes = len(loaded.classes)
+    variants = {"supervised": Variant(task.settings, gather(task.shards, (), None, None, num_classes)[0], device)}
     for encoding in ENCODINGS:
         out = scratch / encoding.replace(":", "-")
         settings, engine = AnnotateSettings(encoding=encoding), LocalEngine(device)
-        annotate(unlabeled, parse_teacher(teacher), out, engine=engine, settings=settings)
+        annotate(unlabeled, parse_teacher(task.teacher), out, engine=engine, settings=settings)
         data, _ = gather(labeled, unlabeled, open_store(out), None, None)
-        variants[encoding] = Variant(data, device)
+        variants[encoding] = Variant(task.settings, data, device)
     data = replace(data, unlabeled=[replace(one, part=None) for one in data.unlabeled], store=None)
-    return variants | {"online": Variant(data, device, parse_teacher(teacher).load(torch.device(device)))}
+    return variants | {"online": Variant(task.settings, data, device, loaded)}
 
 
 def measure(variants: dict[str, Variant], device: str, *, quick: bool) -> list[setup.Row]:
@@ -141,14 +178,15 @@ def measure(variants: dict[str, Variant], device: str, *, quick: bool) -> list[s
 
 
 def main() -> None:
-    arguments = setup.parse_arguments(__doc__)
+    arguments = setup.parse_arguments(__doc__, flags={"--photographs": "real sizes: 224 pixels, ResNet-18, ViT-B/16"})
     device, quick = arguments.device, arguments.quick
     if device == "cpu":
         torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
-        variants = make_variants(Path(scratch), made.bundled_teacher(Path(scratch)), device, quick=quick)
-        rows = measure(variants, device, quick=quick)
-    setup.Report("train", {"device": device, "quick": quick}, rows).print(as_json=arguments.json)
+        task = (photographs if arguments.photographs else garments)(Path(scratch), quick=quick)
+        rows = measure(make_variants(task, Path(scratch), device), device, quick=quick)
+    shown = {"student": task.settings.student, "batch": task.settings.batch_size, "device": device, "quick": quick}
+    setup.Report("train", shown, rows).print(as_json=arguments.json)
 
 
 if __name__ == "__main__":

@@ -169,7 +169,8 @@ class TrainingLoop:
     def batches_from(self, start: int) -> Iterator[Batch]:
         """The batches of steps `start` on, made ahead by loader processes if there are any."""
         if start < self._steps:
-            self._batches.keep_images(self._cache, workers=self._workers, on_note=self._on_note)
+            with self.times.during("load"):
+                self._batches.keep_images(self._cache, workers=self._workers, on_note=self._on_note)
         if self._workers == 0:
             for step in range(start, self._steps):
                 with self.times.during("load"):

@@ -31,6 +31,7 @@ from pseudolabel.class_names import read_classes
 from pseudolabel.engines import default_engine
 from pseudolabel.errors import OutputExists, StorageError
 from pseudolabel.evaluate import evaluate
+from pseudolabel.image_cache import CacheMode
 from pseudolabel.interfaces import Engine, Teacher, Tracker
 from pseudolabel.labels.store import open_store
 from pseudolabel.loop import TrainProgress
@@ -77,6 +78,7 @@ class Place:
     workers: int = 0
     threads: int | None = None
     trackers: tuple[Tracker, ...] = ()
+    cache: CacheMode = "auto"
 
 
 def run(
@@ -250,6 +252,7 @@ class _Pipeline:
             device=self.place.device,
             workers=self.place.workers,
             threads=self.place.threads,
+            cache=self.place.cache,
             on_progress=self.watcher.training,
             on_note=lambda note: self.watcher.stage(f"note: {note}"),
             trackers=grouped(self.place.trackers, name=self._name(directory), group=self.out.name or "run"),

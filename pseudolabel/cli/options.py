@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
@@ -59,6 +60,17 @@ def _batch_size(text: str) -> str:
     return text
 
 
+class KeptImages(StrEnum):
+    """Which decoded images stay in memory."""
+
+    auto = "auto"
+    ram = "ram"
+    off = "off"
+
+
+Cache = Annotated[
+    KeptImages, typer.Option(help="decoded images in memory: auto, if they take a quarter of what is free; ram; off")
+]
 Teachers = Annotated[
     list[str],
     typer.Option(

@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Mapping
-from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
 
 from pseudolabel.cli.command import command, for_people
 from pseudolabel.cli.options import (
+    Cache,
     Device,
     Json,
+    KeptImages,
     LoaderWorkers,
     Overwrite,
     Shards,
@@ -27,12 +28,6 @@ from pseudolabel.display import Display, print_confusion, print_pairs
 from pseudolabel.forkserver import fork_server
 from pseudolabel.settings import AugmentSettings
 from pseudolabel.world import world_from_environment
-
-
-class Cache(StrEnum):
-    auto = "auto"
-    ram = "ram"
-    off = "off"
 
 
 @command
@@ -117,9 +112,7 @@ def train(
     device: Device = "auto",
     workers: LoaderWorkers = None,
     threads: Threads = None,
-    cache: Annotated[
-        Cache, typer.Option(help="decoded images in memory: auto, if they take a quarter of what is free; ram; off")
-    ] = Cache.auto,
+    cache: Cache = KeptImages.auto,
     profile: Annotated[bool, typer.Option("--profile", help="print where the time of a step goes")] = False,
     tracker: TrackerSpecs = None,
     overwrite: Overwrite = False,

@@ -10,7 +10,17 @@ from typing import Annotated, Any
 import typer
 
 from pseudolabel.cli.command import command, for_people
-from pseudolabel.cli.options import Device, Json, LoaderWorkers, Overrides, Threads, TrackerSpecs, training_place
+from pseudolabel.cli.options import (
+    Cache,
+    Device,
+    Json,
+    KeptImages,
+    LoaderWorkers,
+    Overrides,
+    Threads,
+    TrackerSpecs,
+    training_place,
+)
 from pseudolabel.display import Display, print_rounds
 from pseudolabel.forkserver import fork_server
 
@@ -23,6 +33,7 @@ def run(
     device: Device = "auto",
     workers: LoaderWorkers = None,
     threads: Threads = None,
+    cache: Cache = KeptImages.auto,
     tracker: TrackerSpecs = None,
     as_json: Json = False,
 ) -> Mapping[str, Any]:
@@ -38,7 +49,9 @@ def run(
     trackers = tuple(parse_tracker(one) for one in tracker or ())
     loaded = load_recipe(recipe, overrides or ())
     with Display() as display:
-        place = Place(LocalEngine(device), **training_place(device, workers, threads), trackers=trackers)
+        place = Place(
+            LocalEngine(device), **training_place(device, workers, threads), cache=cache.value, trackers=trackers
+        )
         result = run(loaded, out, place, display)
     rows = table(result)
     print_rounds(rows, for_people(as_json))
