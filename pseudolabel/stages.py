@@ -10,7 +10,7 @@ other      all else: handing out shards, building tables
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -19,11 +19,18 @@ STAGES = ("fetch", "decode", "forward", "write", "other")
 
 @dataclass
 class Stages:
-    """A worker's clock: every moment since the last `take` belongs to one stage, the innermost, `other` if to none."""
+    """A worker's clock: every moment since the last `take` belongs to one stage of `names`, the innermost, `other` if
+    to none. `border` is called where one stage ends and the next begins.
+    """
 
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+    names: tuple[str, ...] = STAGES
+    border: Callable[[], None] | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
     _since: float = field(default_factory=time.monotonic)
     _stage: str = "other"
+
+    def __post_init__(self) -> None:
+        self.seconds = dict.fromkeys(self.names, 0.0)
 
     @contextmanager
     def during(self, stage: str) -> Iterator[None]:
@@ -38,10 +45,12 @@ class Stages:
     def take(self) -> dict[str, float]:
         """Seconds per stage since the last call, to a tenth of a millisecond."""
         self._change_to(self._stage)
-        taken, self.seconds = self.seconds, dict.fromkeys(STAGES, 0.0)
+        taken, self.seconds = self.seconds, dict.fromkeys(self.names, 0.0)
         return {stage: round(seconds, 4) for stage, seconds in taken.items()}
 
     def _change_to(self, stage: str) -> None:
+        if self.border is not None:
+            self.border()
         now = time.monotonic()
         self.seconds[self._stage] += now - self._since
         self._since, self._stage = now, stage

@@ -166,7 +166,7 @@ def train(
             best_step, accuracy, earlier = loop.run_to_the_end(on_progress)
             parameters = sum(parameter.numel() for parameter in loop.learner.body.parameters())
             seconds = round(earlier + time.monotonic() - started, 3)
-            profiled = {stage: round(spent, 3) for stage, spent, _ in loop.times.table()} if profile else None
+            profiled = loop.times.take() if profile else None
             place = storage.shown(os.fspath(out))
             notes = loop.learner.notes
             result = TrainResult(place, steps, seconds, accuracy, best_step, parameters, notes, profiled)
