@@ -50,6 +50,23 @@ def test_weights_from_a_file_are_the_models_own(tmp_path: Path) -> None:
     )
 
 
+def test_a_file_may_have_the_names_that_transformers_saves(tmp_path: Path) -> None:
+    """Those of a ViT differ from its modules'; a file of another model is refused, not half loaded."""
+    config = transformers.ViTConfig(
+        hidden_size=8, num_hidden_layers=2, num_attention_heads=1, intermediate_size=8, image_size=16, patch_size=16
+    )
+    transformers.ViTForImageClassification(config).save_pretrained(tmp_path)
+    transformers.ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path)
+    uri = f"hf:{tmp_path}?weights_file={tmp_path / 'model.safetensors'}"
+    wanted = parse_teacher(f"hf:{tmp_path}").load(CPU).identity["weights_sha256"]
+    assert parse_teacher(uri).load(CPU).identity["weights_sha256"] == wanted
+    for layers, said in ((1, r"lack vit\.\S+ and others"), (3, r"have vit\.\S+ and others besides")):
+        config.num_hidden_layers = layers
+        transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "other")
+        with pytest.raises(SpecError, match=said):
+            parse_teacher(f"hf:{tmp_path}?weights_file={tmp_path / 'other' / 'model.safetensors'}").load(CPU)
+
+
 class Malicious:
     """Makes a directory when it is unpickled."""
 

@@ -27,7 +27,7 @@ from pseudolabel.classifier import Classifier, make_classifier
 from pseudolabel.errors import SpecError
 from pseudolabel.specs import Spec
 from pseudolabel.views.image import INTERPOLATIONS, Normalize, Preprocessing
-from pseudolabel.weights import fill, first_lines, random_weights, read_weights, weight_arguments
+from pseudolabel.weights import explain_misfit, first_lines, random_weights, read_weights, weight_arguments
 
 _PROBES = ((97, 128), (64, 51), (203, 150))  # height, width: both orientations, odd and even margins
 _TOLERANCE = 1.01  # grey levels: the processor may resize with Pillow, which rounds a few values the other way
@@ -70,21 +70,38 @@ class HuggingFaceTeacher:
                 model, report = auto.from_pretrained(
                     name, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
                 )
-            missing = sorted([*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])])
-            if missing:
-                more = " and others" if len(missing) > 1 else ""
-                raise SpecError(
-                    f"{self.uri}: these weights lack {missing[0]}{more}, which would be random\n"
-                    "name a model that was fine-tuned to classes"
-                )
-            return model
+            return self._whole(model, report)
         with explain(self.spec, "its config can't be loaded"):
             config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
         with contextlib.nullcontext() if "weights_file" in args else random_weights(self.uri, args.get("seed", 0)):
             model = auto.from_config(config, dtype=torch.float32, trust_remote_code=False)
-        if "weights_file" in args:
-            fill(model, read_weights(str(args["weights_file"])), str(args["weights_file"]))
+        if "weights_file" not in args:
+            return model
+        # Through its own loading: what it saves has other names than the modules, in models such as ViT.
+        state = read_weights(str(args["weights_file"]))
+        options = {"config": config, "state_dict": state, "dtype": torch.float32, "output_loading_info": True}
+        with explain_misfit(str(args["weights_file"])), contextlib.redirect_stdout(sys.stderr):
+            model, report = type(model).from_pretrained(None, **options)
+        if over := sorted(report["unexpected_keys"]):
+            raise SpecError(
+                f"{args['weights_file']}: these weights have {over[0]}{_and_others(over)} besides what {self.spec.name} "
+                "takes\nname the model that they were saved from"
+            )
+        return self._whole(model, report)
+
+    def _whole(self, model: Any, report: dict[str, Any]) -> Any:
+        """The model, if all its weights were there. Raises `SpecError`."""
+        missing = sorted([*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])])
+        if missing:
+            raise SpecError(
+                f"{self.uri}: these weights lack {missing[0]}{_and_others(missing)}, which would be random\n"
+                "name a model that was fine-tuned to classes"
+            )
         return model
+
+
+def _and_others(names: list[str]) -> str:
+    return " and others" if len(names) > 1 else ""
 
 
 @contextlib.contextmanager
