@@ -128,6 +128,8 @@ def train(
     idle = [f"--{name.replace('_', '-')}" for name in decided if name in given]
     if labels is None and idle and world.first:
         print(f"note: without --labels, {', '.join(idle)} have no effect", file=sys.stderr)
+    if labels is not None and labeled and settings.labeled_fraction == 0 and world.first:
+        print("note: with --labeled-fraction 0 the --labeled shards are not trained on", file=sys.stderr)
     if workers != 0:
         fork_server()
     import torch

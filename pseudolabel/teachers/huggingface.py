@@ -84,8 +84,8 @@ class HuggingFaceTeacher:
             model, report = type(model).from_pretrained(None, **options)
         if over := sorted(report["unexpected_keys"]):
             raise SpecError(
-                f"{args['weights_file']}: these weights have {over[0]}{_and_others(over)} besides what {self.spec.name} "
-                "takes\nname the model that they were saved from"
+                f"{args['weights_file']}: these weights have {over[0]}{_and_others(over)} besides what {name} takes\n"
+                "name the model that they were saved from"
             )
         return self._whole(model, report)
 
