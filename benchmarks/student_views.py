@@ -116,7 +116,8 @@ def prepare(images: Path, scratch: Path, *, quick: bool) -> None:
     (scratch / "packed" / "labeled").rename(scratch / "train")
     (scratch / "second" / "test").rename(scratch / "test")
     shards = list_shards(scratch / "train")[: 2 if quick else None]
-    train(TEACHER.model_copy(update={"steps": 20 if quick else 3000}), scratch / "teacher", labeled=shards)
+    teacher = TEACHER.model_copy(update={"steps": 20 if quick else 1500})
+    train(teacher, scratch / "teacher", labeled=shards, workers=1, threads=1)
     asked = AnnotateSettings(views=VIEWS, crop_scale=(0.5, 1.0), precision="fp32")
     annotate(shards, f"checkpoint:{scratch / 'teacher'}", scratch / "store", engine=LocalEngine("cpu"), settings=asked)
     for shard in list_shards(scratch / "train"):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import Invoke
 from conftest import Cli, digit_like, image_bytes, make_model, wait_until_gone
 
 from pseudolabel.annotate import annotate
@@ -394,7 +395,9 @@ def test_a_strided_pointwise_convolution_of_few_channels_does_not_crash(
         body(torch.randn(16, 1, 12, 12).contiguous(memory_format=layout)).sum().backward()
 
 
-def test_killed_beside_its_loader_process_it_goes_on_to_the_same_weights(cli: Cli, corpus: Path, store: Store) -> None:
+def test_killed_beside_its_loader_process_it_goes_on_to_the_same_weights(
+    cli: Cli, invoke: Invoke, corpus: Path, store: Store
+) -> None:
     """SIGKILL to the command alone, after its first checkpoint; the loader process must not outlive it."""
     given = ("--labeled", corpus / "labeled", "--unlabeled", corpus / "unlabeled", "--labels", store.root)
     options = ("--student", "small:resnet8?width=4", "--image-size", 12, "--channels", 1, "--batch-size", 16)
@@ -409,8 +412,9 @@ def test_killed_beside_its_loader_process_it_goes_on_to_the_same_weights(cli: Cl
     process.communicate()
     assert state.exists()
     wait_until_gone(process.pid)
-    cli(*arguments, "--out", "killed")
-    cli(*arguments, "--out", "undisturbed")
+    for name in ("killed", "undisturbed"):
+        code, _, err = invoke(*arguments, "--out", cli.cwd / name)
+        assert code == 0, err
     killed, undisturbed = (cli.cwd / name / "model.safetensors" for name in ("killed", "undisturbed"))
     assert killed.read_bytes() == undisturbed.read_bytes()
 
