@@ -92,14 +92,14 @@ class Team:
             dist.all_reduce(total)
         return tuple(total.tolist())
 
-    def sum(self, part: Tensor) -> float:
-        """The sum of all processes' scalars."""
+    def sum(self, part: Tensor) -> list[float]:
+        """The sums of all processes' numbers (N,)."""
         if self.world.size == 1:
-            return float(part)
+            return [float(value) for value in part]
         with self.watching():
             total = part.detach().double().cpu()
             dist.all_reduce(total)
-        return float(total)
+        return [float(value) for value in total]
 
     def sum_gradients(self, body: nn.Module) -> None:
         """Add up the processes' gradients of all parameters; where a process has none, it counts as zero."""

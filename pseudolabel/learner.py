@@ -17,7 +17,7 @@ from pseudolabel.errors import OutOfMemory, SpecError
 from pseudolabel.inputs import TrainingData
 from pseudolabel.label_balance import label_loss
 from pseudolabel.layout import training_layout
-from pseudolabel.losses import Mixture
+from pseudolabel.losses import Losses, Mixture
 from pseudolabel.mixing import Mix, draw_mix, partners
 from pseudolabel.optim import make_average, make_optimizer
 from pseudolabel.order import derive_seeds
@@ -68,8 +68,8 @@ class Learner:
         return self.average.module if self.average is not None else self.body
 
     def step(self, batch: Batch, rate: float, number: int, times: StepTimes) -> Tensor:
-        """Step `number` at learning rate `rate`; returns the loss, detached, on the device: a team's losses add up to
-        the batch's.
+        """Step `number` at learning rate `rate`; returns the losses (`Losses`, as a tensor of three), detached, on the
+        device: a team's add up to the batch's.
         """
         try:
             with self._team.watching():
@@ -99,16 +99,16 @@ class Learner:
             batch.parts(self._settings.accumulate) if self._settings.accumulate > 1 else [batch]
         ):
             mix = draw_mix(self._settings, number, self._team.world.rank, part)
-            loss = self._loss(rows, mix, times)
+            found = self._loss(rows, mix, times)
             with times.during("backward"):
-                torch.autograd.backward(self._scaler.scale(loss))
-            losses.append(loss.detach())
+                torch.autograd.backward(self._scaler.scale(found.total))
+            losses.append(torch.stack(found).detach())
         with times.during("update"):
             self._update()
-        return torch.stack(losses).sum()
+        return torch.stack(losses).sum(dim=0)
 
-    def _loss(self, batch: Batch, mix: Mix | None, times: StepTimes) -> Tensor:
-        """A part's loss, ready for backward."""
+    def _loss(self, batch: Batch, mix: Mix | None, times: StepTimes) -> Losses:
+        """A part's losses, ready for backward."""
         share, partner_B = _NO_MIX, None
         with times.during("copy"):
             pixels_BCHW = self.normalize(batch.pixels_BCHW)
@@ -127,10 +127,11 @@ class Learner:
         with times.during("loss"):
             loss = self._against(logits_BC, batch)
             if partner_B is not None:
-                loss = share * loss + (1 - share) * self._against(logits_BC, batch.partners(partner_B))
+                others = self._against(logits_BC, batch.partners(partner_B))
+                loss = Losses(*(share * own + (1 - share) * other for own, other in zip(loss, others, strict=True)))
         return loss
 
-    def _against(self, logits_BC: Tensor, batch: Batch) -> Tensor:
+    def _against(self, logits_BC: Tensor, batch: Batch) -> Losses:
         return self._mixture(
             logits_BC,
             batch.labels_B,

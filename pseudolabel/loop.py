@@ -28,7 +28,7 @@ from pseudolabel.students.start import Start
 from pseudolabel.tracking import Tracking
 from pseudolabel.validate import Validation
 
-_LOG_EVERY = 20
+LOG_EVERY = 20
 _STATE = ("model", "best", "optimizer", "average")
 _LOADER_TIMEOUT = 300.0  # seconds for one batch; a loader whose shared memory is full hangs
 
@@ -67,6 +67,7 @@ class TrainingLoop:
         profile: bool = False,
         on_note: Callable[[str], None] | None = None,
         tracking: Tracking | None = None,
+        log_every: int = LOG_EVERY,
     ) -> None:
         self._settings, self._validation, self._run, self._steps, self._device, self._workers = (
             settings,
@@ -92,6 +93,7 @@ class TrainingLoop:
             world=self._team.world,
         )
         self._cache: CacheMode = cache
+        self._log_every = log_every
         self._on_note = on_note or (lambda note: None)
         self._best: dict[str, Tensor] = {}
         self._facts: dict[str, Any] = {"step": 0, "best_step": 0, "best_accuracy": None, "seconds": 0.0}
@@ -109,14 +111,15 @@ class TrainingLoop:
             self.learner.seed(step)
             with self.times.during("copy"):
                 batch = batch.to(self._device)
-            loss = self.learner.step(batch, rate, step, self.times)
+            losses = self.learner.step(batch, rate, step, self.times)
             self.times.steps += 1
             done = step + 1
             accuracy: float | None = None
             if done % eval_every == 0 or done == self._steps:
-                accuracy = self._validate(done)
-            if done % _LOG_EVERY == 0 or done % eval_every == 0 or done == self._steps:
-                value = self._team.sum(loss)
+                with self.times.during("validate"):
+                    accuracy = self._validate(done)
+            if done % self._log_every == 0 or done % eval_every == 0 or done == self._steps:
+                value, of_labels, of_soft = self._team.sum(losses)
                 if value != value or value in (float("inf"), float("-inf")):
                     raise Diverged(
                         f"{self._run.place}: the loss is {value} at step {done}; "
@@ -124,17 +127,22 @@ class TrainingLoop:
                     )
                 speed = (done - marked_step) * self._settings.batch_size / max(time.monotonic() - mark, 1e-9)
                 mark, marked_step = time.monotonic(), done
-                record = {"step": done, "loss": value, "lr": rate, "samples_per_second": round(speed, 1)}
+                record: dict[str, Any] = {"step": done, "loss": value}
+                if batch.targets is not None:
+                    record |= {"label_loss": of_labels} if batch.num_labeled else {}
+                    record["soft_loss"] = of_soft
+                record |= {"lr": rate, "samples_per_second": round(speed, 1), "val_accuracy": accuracy}
                 if self._first:
-                    self._run.log({**record, "val_accuracy": accuracy})
+                    self._run.log(record)
                 if self._tracking is not None:
-                    self._tracking.log({**record, "val_accuracy": accuracy})
+                    self._tracking.log(record)
                 if on_progress is not None:
                     on_progress(TrainProgress(done, self._steps, value, speed, accuracy))
             if done % eval_every == 0 and done < self._steps:
                 self._facts |= {"step": done, "seconds": earlier + time.monotonic() - started}
                 if self._first:
-                    self._save()
+                    with self.times.during("save"):
+                        self._save()
         return int(self._facts["best_step"]), self._facts["best_accuracy"], earlier
 
     def best_body(self) -> nn.Module:
@@ -214,6 +222,7 @@ class TrainingLoop:
             return
         facts, groups = state
         self._facts = {name: facts[name] for name in self._facts}
+        self._on_note(f"going on from the checkpoint of step {self._facts['step']} of {self._steps}")
         if self._first:
             self._best = {name: tensor.to(self._device) for name, tensor in groups["best"].items()}
         self.learner.load_state(groups, facts["scaler"])

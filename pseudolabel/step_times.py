@@ -6,19 +6,22 @@ forward    the student's logits
 loss       both losses
 backward   gradients
 update     clipping, optimizer, averaged weights; in a team, the sum of gradients
-other      validation, checkpoints, logging
+validate   measuring the student on --val
+save       writing checkpoints
+other      starting, logging
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
 
-from pseudolabel.stages import Stages
+from pseudolabel.stages import Stages, shares
 
-STEP_STAGES = ("load", "copy", "forward", "loss", "backward", "update", "other")
+STEP_STAGES = ("load", "copy", "forward", "loss", "backward", "update", "validate", "save", "other")
 
 
 class StepTimes:
@@ -39,3 +42,22 @@ class StepTimes:
         """Milliseconds a step by stage; nothing if it is off."""
         found = self._stages.take() if self._stages is not None else {}
         return {stage: round(1000 * seconds / max(self.steps, 1), 3) for stage, seconds in found.items()}
+
+
+def advice(milliseconds: Mapping[str, float]) -> str:
+    """One line: which stage bounds a step, and what to change."""
+    share = shares(milliseconds)
+    if not any(share.values()):
+        return "no step was made, so nothing was slow"
+    worst = max(share, key=lambda stage: share[stage])
+    known = {
+        "load": "more --workers, --cache ram, or smaller images",
+        "copy": "smaller images, or a larger --batch-size",
+        "loss": "a larger --batch-size",
+        "update": "a larger --batch-size; --ema 0 and --clip-norm 0 leave work out",
+        "validate": "a larger --eval-every, or fewer validation images",
+        "save": "a larger --eval-every, or a faster disk",
+        "other": "more steps: starting takes its time",
+    }
+    student = "the student itself: a smaller one, --precision bf16, --compile, or a GPU"
+    return f"bound by {worst} ({share[worst]:.0%} of the time): {known.get(worst, student)}"

@@ -27,7 +27,7 @@ from pseudolabel.inputs import gather
 from pseudolabel.interfaces import Tracker
 from pseudolabel.label_space import check_names
 from pseudolabel.labels.store import Store, open_store
-from pseudolabel.loop import TrainingLoop, TrainProgress
+from pseudolabel.loop import LOG_EVERY, TrainingLoop, TrainProgress
 from pseudolabel.losses import check_loss, parse_loss
 from pseudolabel.rundir import RunDirectory
 from pseudolabel.selection import Selection, open_selection
@@ -86,6 +86,7 @@ def train(
     team: Team | None = None,
     cache: CacheMode = "auto",
     profile: bool = False,
+    log_every: int = LOG_EVERY,
     trackers: Sequence[Tracker] = (),
 ) -> TrainResult:
     """Train a student into the run directory `out`, or go on with the training that was interrupted there.
@@ -96,7 +97,8 @@ def train(
     beside the labeled shards; without any, `num_classes` or the largest label says how many there are. `workers` load
     batches in processes of their own; `threads` of the CPU train (None leaves torch's setting). Neither changes what is
     learned, but for the last bits that another number of threads may change; nor does `cache`, which keeps decoded
-    images in memory (see `image_cache.keep_images`; `on_note` is told what it takes), nor `profile`. Each process of a
+    images in memory (see `image_cache.keep_images`; `on_note` is told what it takes), nor `profile`, nor after how many
+    steps metrics are logged. Each process of a
     `team` (see `joined`) calls this with the same arguments but its own device, and gets the same result.
     `trackers` are told of the metrics in the first of these processes, and change no result.
 
@@ -155,6 +157,7 @@ def train(
                 profile=profile,
                 on_note=on_note,
                 tracking=tracking,
+                log_every=log_every,
             )
             if (finished := team.from_first(run.start(overwrite=overwrite) if team.world.first else None)) is not None:
                 known = {**finished["result"], "run": storage.shown(os.fspath(out))}

@@ -269,11 +269,11 @@ def test_the_shares_losses_add_up_to_the_batchs(size: int, labeled: int, soft: i
         rows = torch.tensor([*mine, *(labeled + row for row in theirs)], dtype=torch.int64)
         part = targets.map(lambda column, rows=tuple(theirs): column[list(rows)])  # type: ignore[misc]
         counts = {"num_labeled": labeled, "num_soft": max(soft, 1)}
-        total = total + mixture(logits[rows], labels[rows], part, torch.ones(len(theirs)), **counts)
+        total = total + mixture(logits[rows], labels[rows], part, torch.ones(len(theirs)), **counts).total
     if not soft:
         wanted = 0.3 * torch.nn.functional.cross_entropy(logits, labels)
     else:
-        wanted = mixture(logits, labels, targets, torch.ones(soft))
+        wanted = mixture(logits, labels, targets, torch.ones(soft)).total
     torch.testing.assert_close(total, wanted)
     ours, right = (torch.autograd.grad(value, logits, retain_graph=True)[0] for value in (total, wanted))
     torch.testing.assert_close(ours, right)

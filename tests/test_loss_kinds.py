@@ -286,4 +286,4 @@ def test_a_mixture_standardises_and_passes_labels_on() -> None:
     stored = StoredTargets(Dense(), {"logits": teacher, "pred": teacher.argmax(-1)})
     mixture = Mixture(1.0, 2.0, "dkd", standardize=True)
     wanted = parse_loss("dkd")(student, Standardized(FullTargets(teacher)), 2.0, LABELS).mean()
-    torch.testing.assert_close(mixture(both, labels, stored, torch.ones(ROWS).double()), wanted)
+    torch.testing.assert_close(mixture(both, labels, stored, torch.ones(ROWS).double()).total, wanted)

@@ -31,7 +31,7 @@ from pseudolabel.mixing import Mix, draw_mix, partners
 from pseudolabel.order import BalancedOrder
 from pseudolabel.settings import AugmentSettings, TrainSettings
 from pseudolabel.shard_lists import list_shards
-from pseudolabel.step_times import StepTimes
+from pseudolabel.step_times import STEP_STAGES, StepTimes, advice
 from pseudolabel.train import train
 from pseudolabel.views.image import square
 
@@ -55,7 +55,7 @@ def _learner(settings: TrainSettings = SMALL) -> Learner:
 
 def _loss_and_gradient(learner: Learner, batch: Batch, mix: Mix | None = None) -> tuple[Tensor, list[Tensor]]:
     learner.body.zero_grad()
-    loss = learner._loss(batch, mix, StepTimes(CPU, on=False))
+    loss = learner._loss(batch, mix, StepTimes(CPU, on=False)).total
     loss.backward()
     return loss.detach(), [one.grad.clone() for one in learner.body.parameters() if one.grad is not None]
 
@@ -106,9 +106,9 @@ def test_mixed_losses_have_the_gradient_of_the_mixed_soft_target(temperature: fl
     """Mixed at the training temperature, of both partners, weights and all: the probabilities, not the logits."""
     teacher, other = logits(0), logits(1)
     student = logits(2).requires_grad_()
-    kl = Mixture(1.0, temperature)
-    nobody, ones = torch.full((6,), NO_LABEL), torch.ones(6).double()
-    loss = 0.3 * kl(student, nobody, FullTargets(teacher), ones) + 0.7 * kl(student, nobody, FullTargets(other), ones)
+    kl, nobody, ones = Mixture(1.0, temperature), torch.full((6,), NO_LABEL), torch.ones(6).double()
+    ours, partners = (kl(student, nobody, FullTargets(one), ones).total for one in (teacher, other))
+    loss = 0.3 * ours + 0.7 * partners
     (found,) = torch.autograd.grad(loss, student)
     mixed = 0.3 * torch.softmax(teacher / temperature, -1) + 0.7 * torch.softmax(other / temperature, -1)
     log_q = torch.log_softmax(student / temperature, -1)
@@ -127,8 +127,9 @@ def test_a_mixed_step_weighs_both_partners_labels() -> None:
     assert batch.soft_weight_B is not None
     mixture = Mixture(SMALL.alpha, SMALL.temperature)
     swapped = batch.targets.map(lambda column: column[partner[4:] - 4])
-    wanted = 0.3 * mixture(out, batch.labels_B, batch.targets, batch.soft_weight_B) + 0.7 * mixture(
-        out, batch.labels_B[partner], swapped, batch.soft_weight_B[partner[4:] - 4]
+    wanted = (
+        0.3 * mixture(out, batch.labels_B, batch.targets, batch.soft_weight_B).total
+        + 0.7 * mixture(out, batch.labels_B[partner], swapped, batch.soft_weight_B[partner[4:] - 4]).total
     )
     torch.testing.assert_close(found, wanted)
     assert any(bool(one.abs().sum() > 0) for one in gradient)
@@ -286,8 +287,9 @@ def test_options_about_labels_want_labels(corpus: Path, tmp_path: Path, update: 
 def test_a_profile_says_where_a_step_goes(corpus: Path, tmp_path: Path) -> None:
     result = train(SMALL, tmp_path / "run", labeled=corpus / "labeled", val=corpus / "val", threads=1, profile=True)
     assert result.profile is not None
-    assert set(result.profile) == {"load", "copy", "forward", "loss", "backward", "update", "other"}
+    assert set(result.profile) == set(STEP_STAGES)
     assert all(value > 0 for value in result.profile.values())
+    assert advice(result.profile).startswith("bound by ")
     assert sum(result.profile.values()) * result.steps / 1000 == pytest.approx(result.seconds, rel=0.5)
 
 

@@ -206,7 +206,7 @@ def test_another_temperature_than_the_draws_is_refused() -> None:
     stored = targets(Sampled(10, 2.0), logits(13))
     with pytest.raises(SpecError, match=r"drawn at temperature 2 .*\n.*--temperature 2, or annotate .* sampled:10@4"):
         Mixture(1.0, 4.0)(logits(14), torch.full((6,), -1), stored, torch.ones(6))
-    assert torch.isfinite(Mixture(1.0, 2.0)(logits(14), torch.full((6,), -1), stored, torch.ones(6)))
+    assert torch.isfinite(Mixture(1.0, 2.0)(logits(14), torch.full((6,), -1), stored, torch.ones(6)).total)
 
 
 def test_dense8_gives_nearly_the_dense_loss() -> None:

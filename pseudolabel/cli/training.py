@@ -114,6 +114,7 @@ def train(
     threads: Threads = None,
     cache: Cache = KeptImages.auto,
     profile: Annotated[bool, typer.Option("--profile", help="print where the time of a step goes")] = False,
+    log_every: Annotated[int, typer.Option(min=1, help="steps between lines of metrics.jsonl and trackers")] = 20,
     tracker: TrackerSpecs = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -138,10 +139,13 @@ def train(
     from pseudolabel.distributed import joined
     from pseudolabel.labels.store import open_store
     from pseudolabel.shard_lists import list_shards
+    from pseudolabel.step_times import advice
+    from pseudolabel.storage import location
     from pseudolabel.trackers import parse_tracker
     from pseudolabel.train import train
 
     trackers = [parse_tracker(one) for one in tracker or ()] if world.first else []
+    finished = not overwrite and (location(out) / "run.json").exists()
     place = training_place(device, workers, threads, world)
     with Display() as display, joined(world, torch.device(place["device"])) as team:
         result = train(
@@ -161,12 +165,15 @@ def train(
             on_note=lambda note: display.say(f"note: {note}"),
             cache=cache.value,
             profile=profile,
+            log_every=log_every,
             team=team,
             trackers=trackers,
             **place,
         )
     if not world.first:
         return None
+    if finished:
+        print(f"note: {out} was finished before: nothing was done (--overwrite trains anew)", file=sys.stderr)
     told = {name: value for name, value in dataclasses.asdict(result).items() if value is not None and name != "notes"}
     shares = told.pop("profile", {})
     print_pairs(told, for_people(as_json))
@@ -174,6 +181,7 @@ def train(
         whole = sum(shares.values())
         lines = {f"  {stage}": f"{spent:.2f} ms, {spent / whole:.0%}" for stage, spent in shares.items()}
         print_pairs({"a step": f"{whole:.2f} ms", **lines}, for_people(as_json))
+        print(advice(shares), file=for_people(as_json))
     return dataclasses.asdict(result)
 
 

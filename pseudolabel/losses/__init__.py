@@ -18,13 +18,14 @@ In the place of T²·KL stands whichever loss a spec names (docs/losses.md has t
 from pseudolabel.losses.choice import LOSSES, SoftLabels, check_loss, parse_loss
 from pseudolabel.losses.divergences import hard, kd
 from pseudolabel.losses.full import FullTargets, kd_loss
-from pseudolabel.losses.mixture import NO_LABEL, LabelLoss, Mixture, check
+from pseudolabel.losses.mixture import NO_LABEL, LabelLoss, Losses, Mixture, check
 
 __all__ = [
     "LOSSES",
     "NO_LABEL",
     "FullTargets",
     "LabelLoss",
+    "Losses",
     "Mixture",
     "SoftLabels",
     "check",

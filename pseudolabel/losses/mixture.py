@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -46,6 +48,14 @@ class LabelLoss:
         return total / (labels_B != NO_LABEL).sum().clamp(min=1)
 
 
+class Losses(NamedTuple):
+    """The combined loss L of a batch, and the two that it is made of."""
+
+    total: Tensor
+    of_labels: Tensor
+    of_soft: Tensor
+
+
 @dataclass(frozen=True)
 class Mixture:
     """The combined loss of a batch: α weighs soft labels against labels. Raises `SpecError` for α outside [0, 1] or T
@@ -75,24 +85,24 @@ class Mixture:
         *,
         num_labeled: int | None = None,
         num_soft: int | None = None,
-    ) -> Tensor:
-        """Scalar L. Rows whose label is `NO_LABEL` take no part in CE. `targets` are the soft labels of the *last*
-        rows of the batch, with weights.
+    ) -> Losses:
+        """Scalars. Rows whose label is `NO_LABEL` take no part in CE. `targets` are the soft labels of the *last* rows
+        of the batch, with weights.
 
-        Without `targets` it is plain CE, whatever α. Where the rows are a share of a larger batch, `num_labeled` and
+        Without `targets` L is plain CE, whatever α. Where the rows are a share of a larger batch, `num_labeled` and
         `num_soft` count that batch's rows with a label and with a soft label: the shares' losses, and so their
         gradients, add up to the batch's.
         """
         student_logits_BC = wide(student_logits_BC)
         ce = self.of_labels(student_logits_BC, labels_B, num_labeled)
         if targets is None:
-            return ce
+            return Losses(ce, ce, torch.zeros_like(ce))
         assert soft_weight_B is not None
         first = len(student_logits_BC) - len(soft_weight_B)
         targets = Standardized(targets) if self.standardize else targets
         soft_B = self.of_soft(student_logits_BC[first:], targets, self.temperature, labels_B[first:])
         soft = (soft_B * soft_weight_B).sum() / (len(soft_weight_B) if num_soft is None else num_soft)
-        return (1 - self.alpha) * ce + self.alpha * soft
+        return Losses((1 - self.alpha) * ce + self.alpha * soft, ce, soft)
 
 
 def check(alpha: float, temperature: float) -> None:
