@@ -14,13 +14,13 @@ from torch.utils.data import DataLoader
 from pseudolabel.checkpoint import ModelCard, load_state, load_tensors, save_state
 from pseudolabel.dataset import Batch, CarriedErrors, TrainingBatches
 from pseudolabel.distributed import State, Team
-from pseudolabel.errors import Diverged, PseudolabelError, WorkerDied
+from pseudolabel.errors import Diverged, PseudolabelError
 from pseudolabel.forkserver import fork_server
 from pseudolabel.image_cache import CacheMode
 from pseudolabel.inputs import TrainingData
 from pseudolabel.learner import Learner
 from pseudolabel.optim import learning_rate
-from pseudolabel.processes import helper_start
+from pseudolabel.processes import explained_loader_deaths, helper_start
 from pseudolabel.rundir import RunDirectory
 from pseudolabel.settings import TrainSettings
 from pseudolabel.step_times import StepTimes
@@ -186,7 +186,7 @@ class TrainingLoop:
             timeout=_LOADER_TIMEOUT,
             worker_init_fn=helper_start(),
         )
-        try:
+        with explained_loader_deaths():
             arriving = iter(loader)
             for _ in range(start, self._steps):
                 with self.times.during("load"):
@@ -194,13 +194,6 @@ class TrainingLoop:
                 if isinstance(batch, PseudolabelError):
                     raise batch
                 yield batch
-        except (RuntimeError, OSError) as error:
-            if isinstance(error, RuntimeError) and "DataLoader" not in str(error):
-                raise
-            raise WorkerDied(
-                "a loader process ended (killed, out of memory, or /dev/shm full?)\n"
-                "run the same command again, perhaps with --workers 0: it goes on from the last checkpoint"
-            ) from error
 
     def _save(self) -> None:
         groups, scaler = self.learner.state()

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 import torch
 
 from pseudolabel.allocator import keep_freed_memory
+from pseudolabel.errors import WorkerDied
 
 
 def end_with_parent() -> None:
@@ -53,6 +55,20 @@ def become_helper() -> None:
     torch.set_num_threads(1)
     keep_freed_memory()
     end_with_parent()
+
+
+@contextlib.contextmanager
+def explained_loader_deaths() -> Iterator[None]:
+    """Raises `WorkerDied` where a DataLoader says that one of its processes is gone."""
+    try:
+        yield
+    except (RuntimeError, OSError) as error:
+        if isinstance(error, RuntimeError) and "DataLoader" not in str(error):
+            raise
+        raise WorkerDied(
+            "a loader process ended (killed, out of memory, or /dev/shm full?)\n"
+            "run the same command again, perhaps with --workers 0: it goes on from the last checkpoint"
+        ) from error
 
 
 def end_with_launcher() -> None:

@@ -17,6 +17,7 @@ from pseudolabel.dataset import TrainingBatches, split_batch
 from pseudolabel.engines.local import LocalEngine
 from pseudolabel.errors import Diverged, LabelError, OutputExists, SpecError, StoreMismatch
 from pseudolabel.evaluate import evaluate
+from pseudolabel.image_cache import CacheMode
 from pseudolabel.inputs import TrainingData, check_annotated, check_labeled, gather
 from pseudolabel.labels.encodings import parse_encoding
 from pseudolabel.labels.store import Store, open_store
@@ -493,3 +494,17 @@ def test_a_store_without_rows_teaches_nothing(corpus: Path, teacher_dir: Path, t
             unlabeled=tmp_path / "broken",
             store=tmp_path / "none",
         )
+
+
+@pytest.mark.parametrize("cache", ["off", "ram"])
+def test_labeled_shards_of_which_nothing_is_left_are_refused(
+    corpus: Path, teacher_dir: Path, tmp_path: Path, cache: CacheMode
+) -> None:
+    """Annotated, but all rejected: it ended in an assertion, or an index out of range."""
+    write_shard(tmp_path / "broken" / "b.tar", [(f"{index}", {"png": b"none", "cls": b"1"}) for index in range(4)])
+    shards = [tmp_path / "broken" / "b.tar", *sorted((corpus / "unlabeled").glob("*.tar"))]
+    engine = LocalEngine("cpu", 1)
+    annotate(shards, f"checkpoint:{teacher_dir}", tmp_path / "s", max_reject_fraction=1, engine=engine)
+    sets = {"labeled": tmp_path / "broken", "unlabeled": corpus / "unlabeled", "store": tmp_path / "s"}
+    with pytest.raises(LabelError, match="all samples of the --labeled shards were rejected"):
+        train(SMALL, tmp_path / "run", cache=cache, **sets)  # type: ignore[arg-type]
