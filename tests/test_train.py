@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import sys
 import time
 from pathlib import Path
 
@@ -414,6 +417,26 @@ def test_killed_beside_its_loader_process_it_goes_on_to_the_same_weights(cli: Cl
     cli(*arguments, "--out", "undisturbed")
     killed, undisturbed = (cli.cwd / name / "model.safetensors" for name in ("killed", "undisturbed"))
     assert killed.read_bytes() == undisturbed.read_bytes()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="children are found in /proc")
+def test_a_killed_loader_process_is_missed_soon(cli: Cli, corpus: Path) -> None:
+    """As when memory runs out. It took five minutes until anything was said."""
+    options = ("--student", "small:resnet8?width=4", "--image-size", 12, "--channels", 1, "--batch-size", 16)
+    place = ("--steps", 100_000, "--device", "cpu", "--workers", 1, "--threads", 1, "--out", "run")
+    process = cli.start("train", "--labeled", corpus / "labeled", *options, *place)
+    metrics = cli.cwd / "run" / "metrics.jsonl"
+    while not metrics.exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    (loader,) = [own for server in _children(process.pid) for own in _children(server)]
+    os.kill(loader, signal.SIGKILL)
+    assert "a loader process ended" in process.communicate(timeout=60)[1]
+    assert process.returncode == 1
+
+
+def _children(process: int) -> list[int]:
+    return [int(own) for own in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
 
 def test_other_class_names_beside_test_or_validation_images_are_refused(corpus: Path, tmp_path: Path) -> None:
