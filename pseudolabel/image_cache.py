@@ -101,7 +101,7 @@ def keep_images(
         try:
             caches = _fill_all(streams, data, workers, most // processes)
         except _TakesMore as found:  # than the first images let expect
-            wanted = max(processes * found.num_bytes, wanted)
+            wanted = max(processes * found.num_bytes, most + 1)
     if wanted > most and mode == "auto":
         return none
     if wanted > most:

@@ -69,6 +69,15 @@ def test_images_that_grow_are_refused_or_left_out(
     assert keep_images([stream], growing, "auto", workers=workers, on_note=pytest.fail) == [None]
 
 
+def test_shared_memory_that_another_takes_meanwhile(growing: TrainingData, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = iter([10**9, 10_000] * 2)
+    monkeypatch.setattr("pseudolabel.image_cache._free_shared_memory", lambda: next(free))
+    stream = Stream(growing.labeled, True, Decoded(), uses=5)
+    with pytest.raises(SpecError, match="--cache ram: the decoded images would take about"):
+        keep_images([stream], growing, "ram", workers=1, on_note=pytest.fail)
+    assert keep_images([stream], growing, "auto", workers=1, on_note=pytest.fail) == [None]
+
+
 def test_a_killed_process_is_named(growing: TrainingData) -> None:
     with pytest.raises(WorkerDied, match="a loader process ended"):
         keep_images([Stream(growing.labeled, True, Deadly(), uses=5)], growing, "ram", workers=1, on_note=pytest.fail)
