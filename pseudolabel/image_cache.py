@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from pseudolabel.errors import PseudolabelError, SpecError
 from pseudolabel.forkserver import fork_server
 from pseudolabel.inputs import TrainingData, TrainingShard
-from pseudolabel.processes import helper_start
+from pseudolabel.processes import explained_loader_deaths, helper_start
 from pseudolabel.student_views import Presentation
 from pseudolabel.training_rows import OpenShard
 
@@ -30,6 +30,9 @@ CacheMode = Literal["auto", "ram", "off"]
 _SHARE = 4  # auto takes at most this fraction of the memory that is free
 _PROBED = 16
 _SHARED_MEMORY = "/dev/shm"
+
+Bytes = NDArray[np.uint8]
+Shapes = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -88,26 +91,41 @@ def keep_images(
     """A cache for each stream, or None for each. `auto` keeps what takes at most a quarter of the free memory and is
     used twice. `processes` on this machine keep as much each. Raises `SpecError` if it is to fit and doesn't.
     """
-    if mode == "off" or not streams:
-        return [None] * len(streams)
+    none: list[ImageCache | None] = [None] * len(streams)
+    if mode == "off" or not streams or (mode == "auto" and max(stream.uses for stream in streams) < 2):
+        return none
     wanted = processes * sum(_estimate(stream, data) for stream in streams)
     free = min(_free_memory(), _free_shared_memory() if workers else _free_memory())
-    if mode == "auto" and (wanted > free // _SHARE or max(stream.uses for stream in streams) < 2):
-        return [None] * len(streams)
-    if wanted > free:
+    most = free // _SHARE if mode == "auto" else free
+    if wanted <= most:
+        try:
+            caches = _fill_all(streams, data, workers, most // processes)
+        except _TakesMore as found:  # than the first images let expect
+            wanted = max(processes * found.num_bytes, most + 1)
+    if wanted > most and mode == "auto":
+        return none
+    if wanted > most:
         raise SpecError(
             f"--cache ram: the decoded images would take about {_in_words(wanted)}, free are {_in_words(free)}"
             f"{' (of shared memory: --workers 0 needs none)' if workers else ''}; use --cache off or auto"
         )
-    caches = [_fill(stream, data, workers) for stream in streams]
     taken = sum(cache.num_bytes for cache in caches)
     rows = sum(stream.rows for stream in streams)
     on_note(f"{rows} images decoded once and kept in memory: {_in_words(taken)} (--cache off decodes them anew)")
     return list(caches)
 
 
-class _Shards(Dataset["tuple[Tensor, Tensor] | PseudolabelError"]):
-    """A shard's prepared images as one row of bytes, and their shapes."""
+@dataclass
+class _TakesMore(Exception):
+    """So many bytes at the least."""
+
+    num_bytes: int
+
+
+class _Shards(Dataset["tuple[Bytes, Shapes] | PseudolabelError"]):
+    """A shard's prepared images as one row of bytes, and their shapes. No tensors: what loader processes send goes
+    through a pipe then, and not through shared memory, where it would wait for ever once that is full.
+    """
 
     def __init__(self, stream: Stream, data: TrainingData) -> None:
         self._stream, self._data = stream, data
@@ -115,14 +133,13 @@ class _Shards(Dataset["tuple[Tensor, Tensor] | PseudolabelError"]):
     def __len__(self) -> int:
         return len(self._stream.sources)
 
-    def __getitem__(self, shard: int) -> tuple[Tensor, Tensor] | PseudolabelError:
+    def __getitem__(self, shard: int) -> tuple[Bytes, Shapes] | PseudolabelError:
         try:
             images = list(_prepared(self._stream, self._data, shard, self._stream.sources[shard].rows))
         except PseudolabelError as error:  # as a value: the loader would wrap it in a traceback
             return type(error)(str(error))
-        if not images:
-            return torch.empty(0, dtype=torch.uint8), torch.empty(0, 3, dtype=torch.int64)
-        return torch.cat([image.reshape(-1) for image in images]), torch.tensor([image.shape for image in images])
+        shapes_N3 = np.array([image.shape for image in images], np.int64).reshape(-1, 3)
+        return np.concatenate([np.empty(0, np.uint8), *(image.numpy().reshape(-1) for image in images)]), shapes_N3
 
 
 def _prepared(stream: Stream, data: TrainingData, shard: int, rows: int) -> Iterator[Tensor]:
@@ -134,42 +151,62 @@ def _prepared(stream: Stream, data: TrainingData, shard: int, rows: int) -> Iter
             yield opened.image(row, stream.presentation)
 
 
-def _fill(stream: Stream, data: TrainingData, workers: int) -> ImageCache:
-    pixels: list[Tensor] = []
-    shapes: list[Tensor] = []
+def _fill_all(streams: Sequence[Stream], data: TrainingData, workers: int, most: int) -> list[ImageCache]:
+    """Raises `_TakesMore` than `most` bytes."""
+    caches: list[ImageCache] = []
+    for stream in streams:
+        caches.append(_fill(stream, data, workers, most, sum(cache.num_bytes for cache in caches)))
+    return caches
+
+
+def _fill(stream: Stream, data: TrainingData, workers: int, most: int, taken: int) -> ImageCache:
+    pixels: list[Bytes] = []
+    shapes: list[Shapes] = []
     for found in _all_shards(_Shards(stream, data), workers):
         if isinstance(found, PseudolabelError):
             raise found
-        pixels.append(found[0].clone())  # out of the shared memory of one shard
-        shapes.append(found[1].clone())
-    shapes_N3 = torch.cat(shapes)
+        pixels.append(found[0])
+        shapes.append(found[1])
+        taken += len(found[0])
+        if taken > most:
+            raise _TakesMore(taken)
+    shapes_N3 = torch.from_numpy(np.concatenate(shapes))
     starts_N1 = torch.cat([torch.zeros(1, dtype=torch.int64), shapes_N3.prod(dim=1).cumsum(0)])
     together = torch.empty(int(starts_N1[-1]), dtype=torch.uint8)
     if workers:
+        if len(together) > _free_shared_memory():  # another process may have taken some
+            raise _TakesMore(taken)
         together.share_memory_()  # type: ignore[no-untyped-call]
     place = 0
     for index, piece in enumerate(pixels):
-        together[place : place + len(piece)] = piece
+        together[place : place + len(piece)] = torch.from_numpy(piece)
         place += len(piece)
-        pixels[index] = piece[:0].clone()  # freed as the whole fills up
+        pixels[index] = piece[:0].copy()  # freed as the whole fills up
     first_row = np.cumsum([0, *(source.rows for source in stream.sources)])[:-1]
     if bool((shapes_N3 == shapes_N3[0]).all()):
         starts_N1, shapes_N3 = starts_N1[:0], shapes_N3[:1].clone()
     return ImageCache(together, starts_N1, shapes_N3, tuple(first_row.tolist()))
 
 
-def _all_shards(shards: _Shards, workers: int) -> Iterator[tuple[Tensor, Tensor] | PseudolabelError]:
+def _all_shards(shards: _Shards, workers: int) -> Iterator[tuple[Bytes, Shapes] | PseudolabelError]:
     if workers == 0:
         for shard in range(len(shards)):
             yield shards[shard]
         return
-    yield from DataLoader(
+    loader = DataLoader(
         shards,
         batch_size=None,
         num_workers=workers,
         multiprocessing_context=fork_server(),
         worker_init_fn=helper_start(),
+        collate_fn=_as_it_is,
     )
+    with explained_loader_deaths():
+        yield from loader
+
+
+def _as_it_is(found: object) -> object:
+    return found
 
 
 def _estimate(stream: Stream, data: TrainingData) -> int:

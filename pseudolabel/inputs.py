@@ -129,6 +129,11 @@ def gather(
             f"{store.root if store else ''}: has no rows for the --unlabeled shards (all were rejected, or none "
             "selected)\nleave out --unlabeled and --labels to train on the labels alone"
         )
+    if checked and not any(one.rows for one in checked):
+        raise LabelError(
+            f"{store.root if store else ''}: all samples of the --labeled shards were rejected\nmend them, or leave "
+            "out --labeled to train on the soft labels alone"
+        )
     names = tuple(classes) if classes is not None else tuple(str(index) for index in range(bound))
     return TrainingData(checked, soft, store, bound, selection, calibration), names
 

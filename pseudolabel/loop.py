@@ -14,13 +14,13 @@ from torch.utils.data import DataLoader
 from pseudolabel.checkpoint import ModelCard, load_state, load_tensors, save_state
 from pseudolabel.dataset import Batch, CarriedErrors, TrainingBatches
 from pseudolabel.distributed import State, Team
-from pseudolabel.errors import Diverged, PseudolabelError, WorkerDied
+from pseudolabel.errors import Diverged, PseudolabelError
 from pseudolabel.forkserver import fork_server
 from pseudolabel.image_cache import CacheMode
 from pseudolabel.inputs import TrainingData
 from pseudolabel.learner import Learner
 from pseudolabel.optim import learning_rate
-from pseudolabel.processes import helper_start
+from pseudolabel.processes import LOOK_EVERY, explained_loader_deaths, helper_start, wait_for
 from pseudolabel.rundir import RunDirectory
 from pseudolabel.settings import TrainSettings
 from pseudolabel.step_times import StepTimes
@@ -30,7 +30,7 @@ from pseudolabel.validate import Validation
 
 LOG_EVERY = 20
 _STATE = ("model", "best", "optimizer", "average")
-_LOADER_TIMEOUT = 300.0  # seconds for one batch; a loader whose shared memory is full hangs
+_LOADER_PATIENCE = 300.0  # seconds for one batch; a loader whose shared memory is full hangs
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class TrainingLoop:
         )
         self._cache: CacheMode = cache
         self._log_every = log_every
-        self._on_note = on_note or (lambda note: None)
+        self._on_note = on_note if on_note is not None and self._first else (lambda note: None)
         self._best: dict[str, Tensor] = {}
         self._facts: dict[str, Any] = {"step": 0, "best_step": 0, "best_accuracy": None, "seconds": 0.0}
 
@@ -192,24 +192,17 @@ class TrainingLoop:
             num_workers=self._workers,
             pin_memory=self._device.type == "cuda",
             multiprocessing_context=fork_server(),
-            timeout=_LOADER_TIMEOUT,
+            timeout=LOOK_EVERY,
             worker_init_fn=helper_start(),
         )
-        try:
+        with explained_loader_deaths():
             arriving = iter(loader)
             for _ in range(start, self._steps):
                 with self.times.during("load"):
-                    batch = next(arriving)
+                    batch = wait_for(arriving, _LOADER_PATIENCE)
                 if isinstance(batch, PseudolabelError):
                     raise batch
                 yield batch
-        except (RuntimeError, OSError) as error:
-            if isinstance(error, RuntimeError) and "DataLoader" not in str(error):
-                raise
-            raise WorkerDied(
-                "a loader process ended (killed, out of memory, or /dev/shm full?)\n"
-                "run the same command again, perhaps with --workers 0: it goes on from the last checkpoint"
-            ) from error
 
     def _save(self) -> None:
         groups, scaler = self.learner.state()

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from typing import TypeVar
 
 import torch
 
 from pseudolabel.allocator import keep_freed_memory
+from pseudolabel.errors import WorkerDied
+
+LOOK_EVERY = 5.0
+"""Seconds between two looks at loader processes."""
+
+Item = TypeVar("Item")
 
 
 def end_with_parent() -> None:
@@ -53,6 +61,35 @@ def become_helper() -> None:
     torch.set_num_threads(1)
     keep_freed_memory()
     end_with_parent()
+
+
+@contextlib.contextmanager
+def explained_loader_deaths() -> Iterator[None]:
+    """Raises `WorkerDied` where a DataLoader says that one of its processes is gone."""
+    try:
+        yield
+    except (RuntimeError, OSError) as error:
+        if isinstance(error, RuntimeError) and "DataLoader" not in str(error):
+            raise
+        raise WorkerDied(
+            "a loader process ended (killed, out of memory, or /dev/shm full?)\n"
+            "run the same command again, perhaps with --workers 0: it goes on from the last checkpoint"
+        ) from error
+
+
+def wait_for(arriving: Iterator[Item], patience: float) -> Item:
+    """The next item of a DataLoader whose timeout is `LOOK_EVERY`, waited for at most `patience` seconds.
+
+    A DataLoader looks whether its processes are alive only when its timeout has run out: with the whole patience for a
+    timeout, a process that was killed would be missed only then.
+    """
+    until = time.monotonic() + patience
+    while True:
+        try:
+            return next(arriving)
+        except RuntimeError as error:
+            if "DataLoader timed out" not in str(error) or time.monotonic() > until:
+                raise
 
 
 def end_with_launcher() -> None:

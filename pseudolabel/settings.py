@@ -167,9 +167,11 @@ class TrainSettings(Settings):
         None, ge=8, description="side of the student's input in pixels; 32 for small: students, 224 for others"
     )
     channels: Literal[1, 3] = Field(3, description="1 for grey, 3 for RGB")
-    steps: int | None = Field(None, ge=1, description="optimizer steps; 1000 if neither steps nor epochs is given")
+    steps: int | None = Field(
+        None, ge=1, lt=1 << 62, description="optimizer steps; 1000 if neither steps nor epochs is given"
+    )
     epochs: float | None = Field(
-        None, gt=0, description="passes over the pseudo-labeled rows (the labeled, if there are no others)"
+        None, gt=0, le=1e6, description="passes over the pseudo-labeled rows (the labeled, if there are no others)"
     )
     batch_size: int = Field(256, ge=2, description="rows per step, labeled and pseudo-labeled together")
     labeled_fraction: Fraction = Field(0.125, description="share of labeled rows in a batch")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pseudolabel import storage
 from pseudolabel.checkpoint import ModelCard, read_card, read_state
 from pseudolabel.errors import SpecError
+from pseudolabel.shard_lists import real_place
 from pseudolabel.storage import Location
 from pseudolabel.students import Student
 from pseudolabel.students.start import Start
@@ -41,7 +42,28 @@ def find_start(
             f"{start.source}: these weights are for images of {len(start.norm[0])} channels, the student takes "
             f"{channels}; use --channels {len(start.norm[0])}"
         )
+    if start is not None and (broken := [name for name, one in start.state.items() if not _is_finite(one)]):
+        raise SpecError(
+            f"{start.source}: these weights hold NaN or infinity, in {_some(sorted(broken), 1)}; no training could "
+            "start from them"
+        )
     return start
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
+
+
+def check_not_replaced(init_from: str | os.PathLike[str], out: str | os.PathLike[str], *, overwrite: bool) -> None:
+    """Raise `SpecError` if the run that is to be replaced is the one to start from: after a kill there would be none
+    left.
+    """
+    source, place = (real_place(os.fspath(storage.location(one))) for one in (init_from, out))
+    if overwrite and place in (source, os.path.dirname(source)):
+        raise SpecError(
+            f"--init-from {init_from}: is in this run's own --out, whose weights --overwrite removes first; choose "
+            "another --out, or copy the weights elsewhere"
+        )
 
 
 def _of_file(path: Location) -> Start:

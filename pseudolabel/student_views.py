@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -38,6 +38,11 @@ Whole = NDArray[np.int64]
 class Presentation(Protocol):
     """Makes training images of decoded ones, in two steps, so that what the first gives may be kept in memory."""
 
+    @property
+    def shrink_to(self) -> int:
+        """As for `decode`; 0 for images of their full size."""
+        ...
+
     def prepare(self, image_CHW: Tensor) -> Tensor:
         """All that its views of a decoded image (uint8, 1 or 3 channels) are made of."""
         ...
@@ -53,6 +58,7 @@ class Augmented:
 
     settings: AugmentSettings
     preprocessing: Preprocessing
+    shrink_to: ClassVar[int] = 0
 
     def prepare(self, image_CHW: Tensor) -> Tensor:
         if self.settings.crop == "resized":
@@ -107,6 +113,10 @@ class Replayed:
     """
 
     replay: Replay
+
+    @property
+    def shrink_to(self) -> int:
+        return self.replay.plan.shrink_to  # the teacher saw a large JPEG so
 
     def prepare(self, image_CHW: Tensor) -> Tensor:
         return image_CHW.contiguous()

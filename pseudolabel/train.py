@@ -33,7 +33,7 @@ from pseudolabel.rundir import RunDirectory
 from pseudolabel.selection import Selection, open_selection
 from pseudolabel.settings import TrainSettings
 from pseudolabel.shard_lists import ShardsLike, as_shards
-from pseudolabel.starting import find_start
+from pseudolabel.starting import check_not_replaced, find_start
 from pseudolabel.students import parse_student
 from pseudolabel.tracking import Tracking
 from pseudolabel.training_setup import (
@@ -111,7 +111,7 @@ def train(
         LabelError: a label is missing or out of range.
         OutputExists: `out` holds a run with other settings, data or weights to start from.
         DamagedModel: `init_from` is incomplete or not what was saved.
-        SpecError: the student can't be built, or the weights to start from don't fit it.
+        SpecError: the student can't be built, or the weights to start from don't fit it, or are to be overwritten.
         LaunchError: the processes of a team have different inputs, or are too many for the batch.
         TrackerError: a tracker can't begin.
         Diverged: the loss is no longer finite.
@@ -126,6 +126,8 @@ def train(
     data, names = gather(as_shards(labeled), as_shards(unlabeled), store, classes, num_classes, selection, calibration)
     data = as_set(data, settings)
     student = parse_student(settings.student)
+    if init_from is not None:
+        check_not_replaced(init_from, out, overwrite=overwrite)
     start = find_start(student, len(names), settings.channels, init_from)
     card = ModelCard(settings.student, names, preprocessing_of(settings, start), student.config)
     check_names(val, names)

@@ -89,7 +89,8 @@ class OpenShard:
         """A row's prepared image. Raises `LabelError` if it can't be decoded."""
         position = self.positions[row]
         try:
-            return presentation.prepare(decode(self.file.read(position, image_field(self.file.field_names(position)))))
+            data = self.file.read(position, image_field(self.file.field_names(position)))
+            return presentation.prepare(decode(data, presentation.shrink_to))
         except UndecodableImage as error:
             raise LabelError(
                 f"{self.file.shard.where}: training sample {self.file.keys[position]!r} can't be "

@@ -21,6 +21,8 @@ from conftest import Cli, make_model
         (("--temperature", 0), "RecipeError", r"temperature: .*greater than or equal to 0.01 \(it is 0.0\)"),
         (("--temperature", "inf"), "RecipeError", "temperature: .*finite"),
         (("--epochs", "inf"), "RecipeError", "epochs: .*finite"),
+        (("--epochs", "1e308"), "RecipeError", r"epochs: .*less than or equal to 1000000"),
+        (("--steps", 10**30), "RecipeError", "steps: .*less than"),
         (("--lr", "nan"), "RecipeError", "lr: "),
         (("--loss", "kdd"), "SpecError", r"no loss 'kdd' \(did you mean 'kd'\?\); known are kd, hard"),
         (("--crop", "centre"), "RecipeError", "--crop: Input should be 'pad', 'resized' or 'none'"),

@@ -372,6 +372,27 @@ def test_damage_and_what_is_no_run_are_refused(corpus: Path, tmp_path: Path) -> 
         _train(corpus, tmp_path / "x", init_from=tmp_path / "nowhere")
 
 
+def test_weights_that_are_no_numbers_are_refused(corpus: Path, tmp_path: Path) -> None:
+    """Training blamed its learning rate for them."""
+    named_model(tmp_path / "run", tuple("0123"))
+    weights = load_file(tmp_path / "run" / "model.safetensors")
+    weights["head.bias"][1] = float("nan")
+    save_file(weights, tmp_path / "w.safetensors")
+    with pytest.raises(SpecError, match=r"w\.safetensors: these weights hold NaN or infinity, in head\.bias;"):
+        _train(corpus, tmp_path / "x", init_from=tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize("name", ["run", "run/model.safetensors", "other/../run"])
+def test_a_run_is_not_to_replace_what_it_starts_from(corpus: Path, tmp_path: Path, name: str) -> None:
+    """Its weights would be gone with the first step: killed then, it could never go on."""
+    named_model(tmp_path / "run", tuple("0123"))
+    (tmp_path / "other").mkdir()
+    content = (tmp_path / "run" / "model.safetensors").read_bytes()
+    with pytest.raises(SpecError, match="is in this run's own --out, whose weights --overwrite removes first"):
+        _train(corpus, tmp_path / "run", init_from=tmp_path / name, overwrite=True)
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == content
+
+
 def test_resume_goes_on_from_the_checkpoint_and_with_the_same_weights_only(corpus: Path, tmp_path: Path) -> None:
     for seed, name in enumerate(("one", "two")):
         named_model(tmp_path / name, tuple("0123"), seed=seed)

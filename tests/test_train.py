@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import sys
 import time
 from pathlib import Path
 
@@ -18,6 +21,7 @@ from pseudolabel.dataset import TrainingBatches, split_batch
 from pseudolabel.engines.local import LocalEngine
 from pseudolabel.errors import Diverged, LabelError, OutputExists, SpecError, StoreMismatch
 from pseudolabel.evaluate import evaluate
+from pseudolabel.image_cache import CacheMode
 from pseudolabel.inputs import TrainingData, check_annotated, check_labeled, gather
 from pseudolabel.labels.encodings import parse_encoding
 from pseudolabel.labels.store import Store, open_store
@@ -419,6 +423,26 @@ def test_killed_beside_its_loader_process_it_goes_on_to_the_same_weights(
     assert killed.read_bytes() == undisturbed.read_bytes()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="children are found in /proc")
+def test_a_killed_loader_process_is_missed_soon(cli: Cli, corpus: Path) -> None:
+    """As when memory runs out. It took five minutes until anything was said."""
+    options = ("--student", "small:resnet8?width=4", "--image-size", 12, "--channels", 1, "--batch-size", 16)
+    place = ("--steps", 100_000, "--device", "cpu", "--workers", 1, "--threads", 1, "--out", "run")
+    process = cli.start("train", "--labeled", corpus / "labeled", *options, *place)
+    metrics = cli.cwd / "run" / "metrics.jsonl"
+    while not metrics.exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    (loader,) = [own for server in _children(process.pid) for own in _children(server)]
+    os.kill(loader, signal.SIGKILL)
+    assert "a loader process ended" in process.communicate(timeout=60)[1]
+    assert process.returncode == 1
+
+
+def _children(process: int) -> list[int]:
+    return [int(own) for own in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
 def test_other_class_names_beside_test_or_validation_images_are_refused(corpus: Path, tmp_path: Path) -> None:
     """Images of the same size and other classes gave an accuracy of nothing in particular."""
     _train(corpus, tmp_path / "run", classes=("a", "b", "c", "d"))
@@ -497,3 +521,17 @@ def test_a_store_without_rows_teaches_nothing(corpus: Path, teacher_dir: Path, t
             unlabeled=tmp_path / "broken",
             store=tmp_path / "none",
         )
+
+
+@pytest.mark.parametrize("cache", ["off", "ram"])
+def test_labeled_shards_of_which_nothing_is_left_are_refused(
+    corpus: Path, teacher_dir: Path, tmp_path: Path, cache: CacheMode
+) -> None:
+    """Annotated, but all rejected: it ended in an assertion, or an index out of range."""
+    write_shard(tmp_path / "broken" / "b.tar", [(f"{index}", {"png": b"none", "cls": b"1"}) for index in range(4)])
+    shards = [tmp_path / "broken" / "b.tar", *sorted((corpus / "unlabeled").glob("*.tar"))]
+    engine = LocalEngine("cpu", 1)
+    annotate(shards, f"checkpoint:{teacher_dir}", tmp_path / "s", max_reject_fraction=1, engine=engine)
+    sets = {"labeled": tmp_path / "broken", "unlabeled": corpus / "unlabeled", "store": tmp_path / "s"}
+    with pytest.raises(LabelError, match="all samples of the --labeled shards were rejected"):
+        train(SMALL, tmp_path / "run", cache=cache, **sets)  # type: ignore[arg-type]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import pickle
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_model
+from conftest import image_bytes, make_model
 from torch import Tensor
 
 from pseudolabel.annotate import annotate
@@ -108,6 +109,25 @@ def test_a_selection_of_the_clean_view_takes_the_others_along(
     assert batch.targets is not None
     teacher, student = batch.targets.log_probs(model.logits((batch.pixels_BCHW,)), 1.0)
     torch.testing.assert_close(teacher, student, rtol=2e-3, atol=2e-3)
+
+
+def test_large_jpegs_are_replayed_as_small_as_the_teacher_saw_them(
+    make_shard: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Of a store made with --fast-jpeg."""
+    photo = image_bytes(size=(200, 160), mode="RGB", kind="JPEG")
+    shard = make_shard("photos", [("a", {"jpg": photo})])
+    settings = AnnotateSettings(precision="fp32", views=2, fast_jpeg=True)
+    teacher = f"checkpoint:{make_model(tmp_path / 'teacher')}"
+    annotate(shard, teacher, tmp_path / "store", engine=LocalEngine("cpu", 1), settings=settings)
+    store = open_store(tmp_path / "store")
+    row = store.read("photos", ["key", "view", "crop", "flip", "aug_seed"]).to_pylist()[1]
+    wanted = open_replay(store.identity, square(12, 1))(photo, row)
+    data = dataclasses.replace(gather((), list_shards(str(shard)), store)[0], replay=1)
+    for mode in ("off", "ram"):
+        batches = _batches(data, batch_size=2)
+        batches.keep_images(mode, workers=0, on_note=lambda note: None)
+        assert torch.equal(batches[0].pixels_BCHW[0], wanted)
 
 
 def test_a_replay_the_store_has_not_is_refused(corpus: Path, store: Store, tmp_path: Path) -> None:
