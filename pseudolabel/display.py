@@ -224,14 +224,16 @@ def print_rounds(rows: Sequence[Mapping[str, Any]], file: Any) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    for title in ("", "student", "parameters", "val", "test", "gain over labels alone"):
+    compared = any(row["gain"] is not None for row in rows)
+    for title in ("", "student", "parameters", "val", "test", *(["gain over labels alone"] if compared else [])):
         table.add_column(title, justify="left" if title in ("", "student") else "right")
     for row in rows:
         gain = "" if row["gain"] is None else f"{100 * row['gain']:+.2f} points"
         accuracies = (
             "" if row[name] is None else f"{100 * row[name]:.2f} %" for name in ("val_accuracy", "test_accuracy")
         )
-        table.add_row(row["name"], row["student"], f"{row['parameters']:,}", *accuracies, gain)
+        shown = (row["name"], row["student"], f"{row['parameters']:,}", *accuracies)
+        table.add_row(*shown, *([gain] if compared else []))
     Console(file=file, highlight=False, width=max(Console().width, 110)).print(table)
 
 

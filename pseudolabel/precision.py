@@ -45,3 +45,10 @@ def resolve_precision(precision: str, device: torch.device | str) -> str:
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
     tiles = getattr(torch.cpu, "_is_amx_tile_supported", None)  # torch says it nowhere else
     return "bf16" if device.type == "cpu" and tiles is not None and tiles() else "fp32"
+
+
+def slow_here(precision: str, device: torch.device | str) -> str:
+    """What to tell who computes in bf16 on a device that has to emulate it; nothing if it hasn't."""
+    if precision != "bf16" or resolve_precision("auto", device) == "bf16":
+        return ""
+    return f"{device} has no bf16: it is emulated, many times slower than fp32 (--precision auto chooses by the device)"

@@ -130,6 +130,8 @@ class _Pipeline:
         data = recipe.data
         self.labeled, self.unlabeled, self.val = map(list_shards, (data.labeled, data.unlabeled, data.val))
         self.test = list_shards(data.test) if data.test is not None else None
+        if {shard.path for shard in self.test or ()} & {shard.path for shard in self.val}:
+            watcher.stage("note: val and test share shards: test accuracies are of images that chose the weights")
         self.classes = read_classes(data.classes) if data.classes is not None else None
         self.leaks = known_leaks(data.leaks, watcher.stage)
 

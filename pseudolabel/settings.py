@@ -12,7 +12,6 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationIn
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
-Precision = Literal["fp32", "bf16", "fp16"]
 
 
 def _number(value: object) -> object:
@@ -211,7 +210,9 @@ class TrainSettings(Settings):
     warmup_fraction: Fraction = Field(0.05, description="share of the steps with linear warm-up; then cosine to 0")
     clip_norm: float = Field(5.0, ge=0, description="gradient norm limit, 0 is off")
     ema: float = Field(0.99, ge=0, lt=1, description="decay of the averaged weights that are kept, 0 is off")
-    precision: Precision = Field("fp32", description="fp32, or autocast to bf16 or fp16")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "fp32", description="fp32, or autocast to bf16 or fp16; auto: bf16 where the device has it"
+    )
     compile: bool = Field(False, description="compile the student with torch.compile")
     augment: AugmentSettings = AugmentSettings()
     eval_every: int | None = Field(

@@ -29,6 +29,7 @@ from pseudolabel.label_space import check_names
 from pseudolabel.labels.store import Store, open_store
 from pseudolabel.loop import LOG_EVERY, TrainingLoop, TrainProgress
 from pseudolabel.losses import check_loss, parse_loss
+from pseudolabel.precision import resolve_precision, slow_here
 from pseudolabel.rundir import RunDirectory
 from pseudolabel.selection import Selection, open_selection
 from pseudolabel.settings import TrainSettings
@@ -118,6 +119,7 @@ def train(
     """
     started = time.monotonic()
     team = team or Team()
+    settings = settings.model_copy(update={"precision": resolve_precision(settings.precision, device)})
     check_shares(settings, team)
     store = open_store(store) if isinstance(store, (str, os.PathLike)) else store
     val = as_shards(val)
@@ -166,6 +168,8 @@ def train(
                 return TrainResult(**{**known, "notes": tuple(known.get("notes", ()))})
             if team.world.first:
                 run.write_settings(settings.model_dump(mode="json", exclude_none=True))
+                if on_note is not None and (slow := slow_here(settings.precision, device)):
+                    on_note(slow)
                 for note in loop.learner.notes:
                     on_note(note) if on_note is not None else warnings.warn(note, stacklevel=2)
             best_step, accuracy, earlier = loop.run_to_the_end(on_progress)

@@ -11,7 +11,10 @@ from typing import Any
 
 import pytest
 from commands import FEW, HERE, Invoke, Refuse, annotated, truncate
-from conftest import Cli, make_model
+from conftest import Cli, image_bytes, make_model
+
+from pseudolabel.precision import resolve_precision
+from pseudolabel.shards import write_shard
 
 
 @pytest.mark.parametrize(
@@ -223,3 +226,37 @@ def test_what_a_users_teacher_prints_does_not_get_between_the_json(tmp_path: Pat
     assert result["samples"] == 72
     assert "loading" in err
     assert "from below" in err
+
+
+def test_labeled_shards_of_two_corpora_say_how_their_classes_differ(refuse: Refuse, tmp_path: Path) -> None:
+    for name, classes in (("a", "ant\nbee\n"), ("b", "ant\ncow\n")):
+        write_shard(tmp_path / name / "labeled" / f"{name}.tar", [(name, {"png": image_bytes(), "cls": b"0"})])
+        (tmp_path / name / "classes.txt").write_text(classes)
+    places = ("--labeled", tmp_path / "a" / "labeled", "--labeled", tmp_path / "b" / "labeled")
+    said = r"a/classes.txt and \S+b/classes.txt differ \(class 1 is 'bee' and 'cow'\)\npack them together"
+    refuse("train", *places, "--out", tmp_path / "run", "--device", "cpu", kind="LabelError", said=said)
+
+
+def test_train_tells_what_it_does(invoke: Invoke, corpus: Path, tmp_path: Path) -> None:
+    """What a user would otherwise not see: a slow precision, an idle option, a run that was finished before."""
+    given = ("train", "--labeled", corpus / "labeled", "--out", tmp_path / "run", "--device", "cpu", "--workers", 0)
+    student = (
+        "--student",
+        "small:resnet8?width=4",
+        "--image-size",
+        12,
+        "--channels",
+        1,
+        "--batch-size",
+        8,
+        "--cache",
+        "ram",
+    )
+    code, _, err = invoke(*given, *student, "--steps", 4, "--optimizer", "sgd", "--precision", "bf16", "--alpha", 0.5)
+    assert code == 0, err
+    for said in ("sgd usually wants", "without --labels, --alpha have no effect", "24 images decoded once"):
+        assert said in err
+    assert ("no bf16" in err) == (resolve_precision("auto", "cpu") != "bf16")
+    code, _, err = invoke(*given, *student, "--steps", 4, "--optimizer", "sgd", "--precision", "bf16", "--alpha", 0.5)
+    assert code == 0
+    assert "was finished before: nothing was done" in err

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
@@ -42,16 +42,20 @@ def _settings_help(kind: type[Settings], name: str, *, note: str = "") -> str:
 
 
 def _annotate_option(name: str) -> Any:
-    return typer.Option(help=_settings_help(AnnotateSettings, name), show_default=False)
+    return setting_option(AnnotateSettings, name)
 
 
 def train_option(name: str, kind: type[AugmentSettings | TrainSettings] = TrainSettings) -> Any:
-    return typer.Option(help=_settings_help(kind, name), show_default=False)
+    return setting_option(kind, name)
 
 
 def setting_option(kind: type[Settings], name: str) -> Any:
-    """The option for a setting; its help is the setting's."""
-    return typer.Option(help=_settings_help(kind, name), show_default=False)
+    """The option for a setting; its help is the setting's, and its choices, if it has some."""
+    annotation = kind.model_fields[name].annotation
+    choices = "|".join(map(str, get_args(annotation))) if get_origin(annotation) is Literal else None
+    return typer.Option(
+        help=_settings_help(kind, name), show_default=False, metavar=f"<{choices}>" if choices else None
+    )
 
 
 def _batch_size(text: str) -> str:

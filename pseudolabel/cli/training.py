@@ -26,16 +26,17 @@ from pseudolabel.cli.options import (
 )
 from pseudolabel.display import Display, print_confusion, print_pairs
 from pseudolabel.forkserver import fork_server
-from pseudolabel.settings import AugmentSettings
+from pseudolabel.settings import AugmentSettings, TrainSettings
 from pseudolabel.world import world_from_environment
 
 
 @command
 def train(
     out: Annotated[str, typer.Option(metavar="PATH", help="run directory: made, or gone on with")],
-    labeled: Annotated[list[str] | None, typer.Option(help="labeled shards; may be repeated")] = None,
+    labeled: Annotated[list[str] | None, typer.Option(metavar="SHARDS", help="labeled shards; may be repeated")] = None,
     unlabeled: Annotated[
-        list[str] | None, typer.Option(help="unlabeled shards, annotated in --labels; may be repeated")
+        list[str] | None,
+        typer.Option(metavar="SHARDS", help="unlabeled shards, annotated in --labels; may be repeated"),
     ] = None,
     labels: Annotated[
         str | None, typer.Option(metavar="PATH", help="store of soft labels; without it, plain supervised training")
@@ -47,7 +48,8 @@ def train(
         str | None, typer.Option(metavar="FILE", help="what calibrate made: maps the teacher's logits first")
     ] = None,
     val: Annotated[
-        list[str] | None, typer.Option(help="labeled shards that choose the best checkpoint; may be repeated")
+        list[str] | None,
+        typer.Option(metavar="SHARDS", help="labeled shards that choose the best checkpoint; may be repeated"),
     ] = None,
     recipe: Annotated[
         str | None,
@@ -129,6 +131,10 @@ def train(
     idle = [f"--{name.replace('_', '-')}" for name in decided if name in given]
     if labels is None and idle and world.first:
         print(f"note: without --labels, {', '.join(idle)} have no effect", file=sys.stderr)
+    if settings.optimizer == "sgd" and settings.lr == TrainSettings.model_fields["lr"].default and world.first:
+        print(
+            f"note: --lr {settings.lr:g} is adamw's default; sgd usually wants some fifty times that", file=sys.stderr
+        )
     if labels is not None and labeled and settings.labeled_fraction == 0 and world.first:
         print("note: with --labeled-fraction 0 the --labeled shards are not trained on", file=sys.stderr)
     if workers != 0:
