@@ -3,7 +3,7 @@
     python tests/killing.py annotate|train|run commit_steps|random DIRECTORY
 
 The work runs in forked children, so that one import of torch serves a hundred kills. It is killed just before each
-step of the commit protocol (every fsync, rename, unlink and mkdir), or at 12 random moments. After each kill the
+step of the commit protocol (every fsync, rename, unlink and mkdir), or at 8 random moments. After each kill the
 same work runs again to its end, and what it leaves must equal the undisturbed result byte for byte.
 """
 
@@ -40,7 +40,7 @@ from pseudolabel.train import train
 
 Work = Callable[[Path], None]
 _COMMIT_STEPS = ("fsync", "replace", "unlink", "mkdir")
-RANDOM_KILLS = 12
+RANDOM_KILLS = 8
 
 
 def in_child(work: Work, out: Path, *, kill_at_step: int | None = None, kill_after: float | None = None) -> bool:

@@ -12,7 +12,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import Cli, digit_like, image_bytes, make_model
+from commands import Invoke
+from conftest import digit_like, image_bytes, make_model
 
 from pseudolabel.annotate import AnnotateResult, annotate, annotate_shard
 from pseudolabel.checkpoint import load_model
@@ -237,12 +238,14 @@ def test_other_classes_than_the_corpus_names_are_pointed_out(corpus: Path, tmp_p
         _annotate(corpus / "unlabeled", tmp_path / "store", make_model(tmp_path / "model"))
 
 
-def test_the_rejects_are_listed(cli: Cli, teacher_dir: Path) -> None:
-    write_shard(cli.cwd / "s.tar", [("good", {"png": image_bytes()}), ("bad", {"png": b"no image"})])
-    cli("annotate", "s.tar", "--teacher", f"checkpoint:{teacher_dir}", "--out", "store", "--max-reject-fraction", 1)
-    (reject,) = cli("inspect", "store", "--rejects")[0]["rejected"]
+def test_the_rejects_are_listed(invoke: Invoke, teacher_dir: Path, tmp_path: Path) -> None:
+    write_shard(tmp_path / "s.tar", [("good", {"png": image_bytes()}), ("bad", {"png": b"no image"})])
+    store, given = tmp_path / "store", ("--teacher", f"checkpoint:{teacher_dir}", "--max-reject-fraction", 1)
+    code, _, err = invoke("annotate", tmp_path / "s.tar", *given, "--out", store, "--workers", 1, "--device", "cpu")
+    assert code == 0, err
+    (reject,) = json.loads(invoke("inspect", store, "--rejects", "--json")[1])["rejected"]
     assert (reject["shard"], reject["key"], reject["stage"]) == ("s", "bad", "decode")
-    assert "rejected" not in cli("inspect", "store")[0]
+    assert "rejected" not in json.loads(invoke("inspect", store, "--json")[1])
 
 
 def test_shards_of_one_name_are_refused_and_a_mixed_list_is_taken_whole(

@@ -13,6 +13,7 @@ from conftest import make_model
 from safetensors.torch import load_file
 from test_sparse_losses import logits
 from torch import Tensor
+from torch._inductor import config as inductor
 
 from pseudolabel.annotate import annotate
 from pseudolabel.checkpoint import ModelCard
@@ -300,10 +301,10 @@ def test_a_compiled_student_learns_the_same(corpus: Path, tmp_path: Path, monkey
         "    return nn.Sequential(nn.Flatten(), nn.Linear(144 * in_channels, num_classes))\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)  # a pool takes longer to start than the rest
     found = {}
     for compiled in (False, True):
         update = {"student": "python:linear_student:make", "compile": compiled, "steps": 3, "ema": 0.0}
-        train(SMALL.model_copy(update=update), tmp_path / f"{compiled}", labeled=corpus / "labeled", threads=1)
+        with inductor.patch(compile_threads=1):  # a pool takes longer to start than the rest
+            train(SMALL.model_copy(update=update), tmp_path / f"{compiled}", labeled=corpus / "labeled", threads=1)
         found[compiled] = load_file(tmp_path / f"{compiled}" / "model.safetensors")
     torch.testing.assert_close(found[True], found[False], rtol=1e-4, atol=1e-5)

@@ -121,7 +121,7 @@ def test_an_unknown_key_that_is_called_like_a_type_is_still_named(recipe_file: P
         ("train.seed=-1", "train.seed: "),
         ("train.channels=2", "train.channels: Input should be 1 or 3 (it is 2)"),
         ("train.image_size=7", "train.image_size: "),
-        ("train.loss=kdd", "train.loss: Input should be 'kd' or 'hard' (it is \"kdd\")"),
+        ("train.tail=even", "train.tail: Input should be 'bucket' or 'uniform' (it is \"even\")"),
         ("train.optimizer=adam", "train.optimizer: Input should be 'adamw' or 'sgd'"),
         ("train.precision=fp64", "train.precision: "),
         ("train.augment.crop=centre", "train.augment.crop: "),

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Cli, make_model
+from commands import Invoke
+from conftest import make_model
 from viewing import CPU
 
 from pseudolabel.errors import RecipeError, StoreError
@@ -73,23 +74,29 @@ def test_settings_refuse_nonsense() -> None:
 
 
 def test_the_command_makes_views_and_says_what_has_no_effect(
-    cli: Cli, corpus: Path, teacher_dir: Path, tmp_path: Path
+    invoke: Invoke, corpus: Path, teacher_dir: Path, tmp_path: Path
 ) -> None:
+    def run(*args: object, code: int = 0) -> tuple[dict[str, Any], str]:
+        found, out, err = invoke(*args, "--json")
+        assert found == code, err
+        return json.loads(out), err
+
+    store = tmp_path / "store"
     base = ("annotate", corpus / "unlabeled", "--teacher", f"checkpoint:{teacher_dir}", "--workers", 1)
-    result, err = cli(*base, "--out", "store", "--views", 2, "--view-seed", 3, "--view-policy", "none", "--tta", "flip")
+    result, err = run(*base, "--out", store, "--views", 2, "--view-seed", 3, "--view-policy", "none", "--tta", "flip")
     assert (result["samples"], "no effect" in err) == (72, False)
-    views = open_store(tmp_path / "store").identity.views
+    views = open_store(store).identity.views
     assert {name: views[name] for name in ("count", "seed", "policy", "tta")} == {
         "count": 2,
         "seed": 3,
         "policy": "none",
         "tta": "flip",
     }
-    inspected, _ = cli("inspect", "store")
+    inspected, _ = run("inspect", store)
     assert (inspected["rows"], inspected["views"]) == (144, 2)
-    _, err = cli(*base, "--out", "other", "--view-seed", 3)
+    _, err = run(*base, "--out", tmp_path / "other", "--view-seed", 3)
     assert "note: with --views 1, --view-seed have no effect" in err
     for wrong, kind in ((("--view-policy", "sepia"), "SpecError"), (("--tta", "rotate"), "RecipeError")):
-        failed, _ = cli(*base, "--out", "third", "--views", 2, *wrong, code=1)
+        failed, _ = run(*base, "--out", tmp_path / "third", "--views", 2, *wrong, code=1)
         assert failed["error"]["kind"] == kind
     assert not (tmp_path / "third").exists()
