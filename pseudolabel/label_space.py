@@ -77,7 +77,7 @@ def named_beside(labeled: Sequence[Shard]) -> Sequence[str] | None:
             if names:
                 found[names] = str(path)
     if len(found) > 1:
-        (one, path), (other, elsewhere) = sorted(found.items(), key=lambda item: item[1])[:2]
+        (one, first), (other, second) = sorted(found.items(), key=lambda item: item[1])[:2]
         what = f"{len(one)} and {len(other)} names"
         if len(one) == len(other):
             places = zip(one, other, strict=True)
@@ -85,7 +85,7 @@ def named_beside(labeled: Sequence[Shard]) -> Sequence[str] | None:
                 f"class {n} is {ours!r} and {theirs!r}" for n, (ours, theirs) in enumerate(places) if ours != theirs
             )
         raise LabelError(
-            f"labeled shards of different classes: {path} and {elsewhere} differ ({what})\npack them together, so that "
+            f"labeled shards of different classes: {first} and {second} differ ({what})\npack them together, so that "
             "their numbers mean the same, or name shards of one corpus"
         )
     return next(iter(found), None)
