@@ -13,6 +13,7 @@ from pseudolabel.dataset import split_batch
 from pseudolabel.distributed import Team
 from pseudolabel.errors import LaunchError, SpecError
 from pseudolabel.inputs import TrainingData, TrainingShard
+from pseudolabel.label_balance import label_loss
 from pseudolabel.labels.encodings import parse_encoding
 from pseudolabel.labels.sampled import Sampled
 from pseudolabel.labels.store import Store
@@ -55,7 +56,9 @@ def preprocessing_of(settings: TrainSettings, start: Start | None = None) -> Pre
 
 
 def as_set(data: TrainingData, settings: TrainSettings) -> TrainingData:
-    """The data as the settings want it presented. Raises `SpecError` for what they can't have."""
+    """The data as the settings want it presented. Raises `SpecError` or
+    `LabelError` for what they can't have.
+    """
     of_labels = {
         "label_sampling": settings.label_sampling != "natural",
         "label_smoothing": settings.label_smoothing > 0,
@@ -65,6 +68,7 @@ def as_set(data: TrainingData, settings: TrainSettings) -> TrainingData:
     idle = [f"--{name.replace('_', '-')}" for name, asked in of_labels.items() if asked]
     if idle and (not data.labeled or (data.unlabeled and settings.labeled_fraction == 0)):
         raise SpecError(f"{idle[0]}: is about labeled rows, and no labels are trained on; leave it out")
+    label_loss(settings, data.label_counts())  # refuses what it can't use, before the run directory is made
     return dataclasses.replace(data, replay=_views(data, settings), balanced=settings.label_sampling == "balanced")
 
 
