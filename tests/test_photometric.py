@@ -75,7 +75,7 @@ def test_no_global_generator_is_read_or_moved() -> None:
 def operate(name: str, image: Tensor, amount: int = 0) -> Tensor:
     from pseudolabel.views import photometric
 
-    return photometric._OPERATIONS[name](image, amount)
+    return photometric._OPERATIONS[name](image.to(torch.int32), amount).to(torch.uint8)
 
 
 def test_colour_operations_in_closed_form() -> None:

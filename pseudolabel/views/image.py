@@ -227,8 +227,8 @@ def to_channels(image_CHW: Tensor, channels: int) -> Tensor:
 def luma(rgb_3HW: Tensor) -> Tensor:
     """Brightness of int32 RGB as int32 (H, W), as Pillow's `convert("L")`: 16-bit fixed-point weights of ITU-R 601."""
     red, green, blue = rgb_3HW
-    grey_HW: Tensor = (19595 * red + 38470 * green + 7471 * blue + (1 << 15)) >> 16
-    return grey_HW
+    grey_HW: Tensor = 19595 * red
+    return grey_HW.add_(green, alpha=38470).add_(blue, alpha=7471).add_(1 << 15).bitwise_right_shift_(16)
 
 
 class Normalize(nn.Module):

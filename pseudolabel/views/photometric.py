@@ -6,7 +6,8 @@ numbers depend on seed and policy only: a model of another input size sees the s
 
 torchvision's own operations compute in floating point, and multiply-add is fused on some CPUs and not on others:
 measured, saturation gives other levels with and without AVX2. Integer arithmetic and tables of 256 levels can't
-differ, neither between machines nor between versions.
+differ, neither between machines nor between versions. Colours are computed in int32, in place: on 224 pixels in RGB in
+half the time of tables.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import re
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -58,8 +60,11 @@ class Policy:
     def apply(self, image_CHW: Tensor, aug_seed: int) -> Tensor:
         """uint8 in, uint8 of the same shape out; the input stays as it is."""
         operations, rectangle = self.draw(aug_seed)
-        for name, amount in operations:
-            image_CHW = _OPERATIONS[name](image_CHW, amount)
+        if operations:
+            wide_CHW = image_CHW.to(torch.int32, memory_format=torch.contiguous_format)
+            for name, amount in operations:
+                wide_CHW = _OPERATIONS[name](wide_CHW, amount)
+            image_CHW = wide_CHW.to(torch.uint8)
         if rectangle is not None:
             height, width = image_CHW.shape[-2:]
             top, left, bottom, right = (
@@ -76,6 +81,7 @@ class Policy:
         return image_CHW
 
 
+@cache
 def parse_policy(spec: str) -> Policy:
     """`none`, `color` or `randaugment:N`, with or without `+erase`. Raises `SpecError`."""
     found = re.fullmatch(r"(none|color|randaugment:([1-9][0-9]?))(\+erase)?", spec)
@@ -108,74 +114,66 @@ def _draw_rectangle(uniform: Iterator[float]) -> tuple[float, float, float, floa
     return (down * (1 - height), across * (1 - width), height, width) if often < 0.5 else None
 
 
-def _blend(levels: Levels, base: Levels | int, factor: int) -> Levels:
-    """`base` + (`levels` − `base`) · factor, rounded, within 0 to 255."""
-    blended: Levels = (base * _ONE + (levels - base) * factor + _ONE // 2) >> 16
-    return blended.clip(0, 255)
+def _blend(wide_CHW: Tensor, base: Tensor | int, factor: int) -> Tensor:
+    """`base` + (`wide_CHW` − `base`) · factor, rounded, within 0 to 255."""
+    constant = base * (_ONE - factor) + _ONE // 2
+    return wide_CHW.mul_(factor).add_(constant).bitwise_right_shift_(16).clamp_(0, 255)
 
 
-def _look_up(image_CHW: Tensor, tables: list[Levels]) -> Tensor:
-    """Every channel through its table of 256 levels; one table may serve all."""
-    narrow = [table.astype(np.uint8) for table in tables]
-    pixels_CHW = image_CHW.numpy()
-    if len(narrow) == 1:
-        return torch.from_numpy(np.take(narrow[0], pixels_CHW))
-    return torch.from_numpy(np.stack([np.take(table, one) for table, one in zip(narrow, pixels_CHW, strict=True)]))
+def _brightness(wide_CHW: Tensor, factor: int) -> Tensor:
+    return _blend(wide_CHW, 0, factor)
 
 
-def _brightness(image_CHW: Tensor, factor: int) -> Tensor:
-    return _look_up(image_CHW, [_blend(_LEVELS, 0, factor)])
-
-
-def _contrast(image_CHW: Tensor, factor: int) -> Tensor:
+def _contrast(wide_CHW: Tensor, factor: int) -> Tensor:
     """Around the mean of the luma, rounded."""
-    grey_HW = luma(image_CHW.int()) if image_CHW.shape[0] == 3 else image_CHW[0]
+    grey_HW = luma(wide_CHW) if wide_CHW.shape[0] == 3 else wide_CHW[0]
     mean = (int(grey_HW.sum(dtype=torch.int64)) + grey_HW.numel() // 2) // grey_HW.numel()
-    return _look_up(image_CHW, [_blend(_LEVELS, mean, factor)])
+    return _blend(wide_CHW, mean, factor)
 
 
-def _saturation(image_CHW: Tensor, factor: int) -> Tensor:
+def _saturation(wide_CHW: Tensor, factor: int) -> Tensor:
     """Around each pixel's luma; a grey image stays as it is."""
-    if image_CHW.shape[0] == 1:
-        return image_CHW
-    wide_CHW = image_CHW.int()
-    grey_HW = luma(wide_CHW)
-    blended_CHW = (grey_HW * _ONE + (wide_CHW - grey_HW) * factor + _ONE // 2) >> 16
-    return blended_CHW.clamp_(0, 255).to(torch.uint8)
+    return wide_CHW if wide_CHW.shape[0] == 1 else _blend(wide_CHW, luma(wide_CHW), factor)
 
 
-def _posterize(image_CHW: Tensor, bits: int) -> Tensor:
-    return image_CHW & (256 - (1 << (8 - bits)))
+def _posterize(wide_CHW: Tensor, bits: int) -> Tensor:
+    return wide_CHW.bitwise_and_(256 - (1 << (8 - bits)))
 
 
-def _solarize(image_CHW: Tensor, threshold: int) -> Tensor:
-    return _look_up(image_CHW, [np.where(threshold <= _LEVELS, 255 - _LEVELS, _LEVELS)])
+def _solarize(wide_CHW: Tensor, threshold: int) -> Tensor:
+    return torch.where(wide_CHW >= threshold, 255 - wide_CHW, wide_CHW)
 
 
-def _autocontrast(image_CHW: Tensor, _: int) -> Tensor:
+def _look_up(wide_CHW: Tensor, tables: list[Levels]) -> Tensor:
+    """Each channel through its table of 256 levels."""
+    found = [np.take(table.astype(np.int32), one) for table, one in zip(tables, wide_CHW.numpy(), strict=True)]
+    return torch.from_numpy(np.stack(found))
+
+
+def _autocontrast(wide_CHW: Tensor, _: int) -> Tensor:
     """Each channel's levels spread over 0 to 255."""
     tables = []
-    for channel in image_CHW:
+    for channel in wide_CHW:
         low, high = int(channel.min()), int(channel.max())
         spread = ((_LEVELS - low) * 255 + (high - low) // 2) // (high - low) if high > low else _LEVELS
         tables.append(spread.clip(0, 255))
-    return _look_up(image_CHW, tables)
+    return _look_up(wide_CHW, tables)
 
 
-def _equalize(image_CHW: Tensor, _: int) -> Tensor:
+def _equalize(wide_CHW: Tensor, _: int) -> Tensor:
     """Each channel's histogram flattened, by Pillow's rule."""
     tables = []
-    for channel in image_CHW.numpy():
+    for channel in wide_CHW.numpy():
         counts = np.bincount(channel.ravel(), minlength=256)
         used = counts[counts > 0]
         step = int(used[:-1].sum()) // 255
         before = counts.cumsum() - counts
         tables.append(((before + step // 2) // step).clip(0, 255) if step else _LEVELS)
-    return _look_up(image_CHW, tables)
+    return _look_up(wide_CHW, tables)
 
 
-def _identity(image_CHW: Tensor, _: int) -> Tensor:
-    return image_CHW
+def _identity(wide_CHW: Tensor, _: int) -> Tensor:
+    return wide_CHW
 
 
 _OPERATIONS: dict[str, Callable[[Tensor, int], Tensor]] = {
