@@ -84,7 +84,7 @@ def main() -> None:
     def log_probs(encoded: Sequence[bytes], shrink_to: int) -> torch.Tensor:
         pixels = torch.stack([preprocessing.prepare(decode(data, shrink_to)) for data in encoded])
         with torch.inference_mode():
-            logits = [model((some.float() - 127) / 128) for some in pixels.split(32)]
+            logits = [model((some.float() - 127) / 128) for some in torch.split(pixels, 32)]
         return torch.cat(logits).log_softmax(dim=-1)
 
     def kl(full: torch.Tensor, other: torch.Tensor) -> float:

@@ -28,6 +28,7 @@ import statistics
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -117,7 +118,13 @@ def prepare(images: Path, scratch: Path) -> dict[int, tuple[Path, str, TrainSett
     shutil.move(whole / "second" / "test", tasks[10] / "test")
     for number, split in enumerate(("train", "test")):
         write_pairs(tasks[10] / split, tasks[100] / split, seed=number)
-    common = {"image_size": 28, "batch_size": 256, "labeled_fraction": 0.0, "alpha": 1.0, "temperature": TEMPERATURE}
+    common: dict[str, Any] = {
+        "image_size": 28,
+        "batch_size": 256,
+        "labeled_fraction": 0.0,
+        "alpha": 1.0,
+        "temperature": TEMPERATURE,
+    }
     common |= {"lr": 8e-3, "augment": AugmentSettings(flip=True)}
     student = "small:resnet8?width=16&stem_stride=2"
     return {

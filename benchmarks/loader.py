@@ -124,7 +124,7 @@ def make_tasks(scratch: Path, *, quick: bool) -> Iterator[Task]:
         made.bundled_teacher(scratch),
         made.random_model(scratch / "m", "torchvision:mobilenet_v3_small", made.IMAGENET),
     )
-    pad, resized = (AugmentSettings(crop=crop, erasing=0.25) for crop in ("pad", "resized"))  # type: ignore[arg-type]
+    pad, resized = AugmentSettings(crop="pad", erasing=0.25), AugmentSettings(crop="resized", erasing=0.25)
     for name, shards, teacher, preprocessing, augment in (
         ("garments, 28 pixels", garments, teachers[0], made.GARMENTS, pad),
         ("photographs, 256 → 224", photos, teachers[1], made.IMAGENET, resized),

@@ -108,7 +108,7 @@ def build_part(
         logits_BC = logits_NC[start : start + batch]
         rows = list(range(start, start + len(logits_BC)))
         keys = [f"sample-{row:08d}" for row in rows]
-        own = list(labels[start : start + batch]) if labels is not None else [None] * len(rows)
+        own: list[int | None] = list(labels[start : start + batch]) if labels is not None else [None] * len(rows)
         seed_B = torch.tensor(row_seeds(keys, [0] * len(rows)))
         builder.add(DecodedBatch(keys, rows, own, [(CLEAN,)] * len(rows)), encoded(made_as, logits_BC, seed_B))
     sha256 = hashlib.sha256(shard.encode()).hexdigest()

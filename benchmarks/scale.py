@@ -59,12 +59,12 @@ def fill(root: Path, shards: Sequence[Shard], uri: str) -> Iterator[Path]:
     teacher = parse_teacher(uri).load(torch.device("cpu"))
     settings = settle(SETTINGS, "cpu", teacher)
     target, made_one = store.create(root, identify(teacher, settings)), annotate_shard(shards[0], teacher, settings)
-    os.fsync, real = lambda _: None, os.fsync
+    os.fsync, real = lambda fd: None, os.fsync
     try:
         for shard in shards:
             facts = {**made_one.info.to_json(), "shard": shard.name}
             schema.write_sealed(target.part_path(shard.name), made_one.part, facts)
-            yield target.part_path(shard.name)
+            yield Path(str(target.part_path(shard.name)))
     finally:
         os.fsync = real
 

@@ -72,7 +72,7 @@ def stored_form(directory: Path, part: AnnotatedShard) -> Form:
     classes = tuple(map(str, range(num_classes)))
     store = Store(directory / encoding.replace(":", "-"), StoreIdentity({}, classes, encoding, {"count": 1}, "fp32"))
     columns = ["key", "index", "pred", *(one.name for one in parse_encoding(encoding).fields(num_classes))]
-    path = store.part_path("shard")
+    path = Path(str(store.part_path("shard")))
     return Form(
         path, partial(write_sealed, path, part.part, part.info.to_json()), partial(store.read, "shard", columns)
     )

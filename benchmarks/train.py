@@ -15,14 +15,17 @@ less. Read it so:
 
     cached ÷ supervised   time of a step, its batch's loading included; wanted: at most about 1.03
     cached ÷ online       the same: the less, the more the cache saves
-    floor                 of cached ÷ online, if the cache cost nothing: 1 − the teacher's share of an online step
+    floor                 of cached ÷ online, if the cache cost nothing: 1 − the teacher's share of an online step, timed
+                          in these very steps
     loading, cached       the share of a cached step that is loading; – beside a GPU, where it is done ahead
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -46,6 +49,7 @@ from pseudolabel.rundir import RunDirectory
 from pseudolabel.settings import AnnotateSettings, AugmentSettings, TrainSettings
 from pseudolabel.shard_lists import Shard, list_shards
 from pseudolabel.shards import write_shard
+from pseudolabel.storage.mirror import Mirror
 from pseudolabel.teachers import parse_teacher
 from pseudolabel.training_setup import preprocessing_of
 
@@ -88,6 +92,32 @@ def photographs(scratch: Path, *, quick: bool) -> Task:
     return Task(list_shards(scratch / "photos"), spec, settings)
 
 
+class TeacherClock:
+    """What the teacher takes of the online steps: CPU time, or the device's own."""
+
+    def __init__(self, device: str) -> None:
+        self._on_cpu, self._spans = device == "cpu", list[Callable[[], float]]()
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        if self._on_cpu:
+            before = time.process_time()
+            yield
+            seconds = time.process_time() - before
+            self._spans.append(lambda: seconds)
+        else:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            start.record()
+            yield
+            end.record()
+            self._spans.append(lambda: start.elapsed_time(end) / 1000)
+
+    def take(self) -> float:
+        """Seconds a step since the last call; the device must be done."""
+        taken, self._spans = self._spans, []
+        return sum(seconds() for seconds in taken) / max(len(taken), 1)
+
+
 class Variant:
     """A training run that goes on step by step. With a teacher it is an online one."""
 
@@ -95,9 +125,10 @@ class Variant:
         self, settings: TrainSettings, data: TrainingData, device: str, teacher: LoadedTeacher | None = None
     ) -> None:
         self._settings, self._device, self._teacher = settings, torch.device(device), teacher
+        self.clock = TeacherClock(device)
         self.workers = 0 if device == "cpu" else max(1, min(8, available_cores() - 1))
         card = ModelCard(settings.student, tuple(map(str, range(data.num_classes))), preprocessing_of(settings))
-        unused = RunDirectory(Path("unused"), "train", {})
+        unused = RunDirectory(Mirror(Path("unused")), "train", {})
         self._loop = TrainingLoop(
             settings, card, data, None, unused, 1_000_000, self._device, self.workers, cache="auto"
         )
@@ -115,7 +146,7 @@ class Variant:
         if self._teacher is None:
             return batch
         count = self._loop._batches.num_pseudo
-        with torch.no_grad():
+        with self.clock.running(), torch.no_grad():
             logits_BC = self._teacher.logits((batch.pixels_BCHW[-count:],))
         targets = StoredTargets(Dense(), {"logits": logits_BC, "pred": logits_BC.argmax(-1)})
         weights = torch.ones(count, device=self._device)
@@ -141,7 +172,7 @@ def make_variants(task: Task, scratch: Path, device: str) -> dict[str, Variant]:
 def measure(variants: dict[str, Variant], device: str, *, quick: bool) -> list[setup.Row]:
     """A row of the table for each encoding."""
     seconds, repetitions = (0.5, 2) if quick else (3.0, 9)
-    online, batch = variants["online"], variants["online"].load()
+    clock = variants["online"].clock
 
     def rate(work: Callable[[], object]) -> float:
         """How often a second; on a device in rows of twenty, so that it needn't be waited for each time."""
@@ -151,11 +182,14 @@ def measure(variants: dict[str, Variant], device: str, *, quick: bool) -> list[s
 
     rates: dict[str, list[float]] = {}
     for repetition in range(repetitions + 1):  # the first one warms up
-        found = {"teacher": rate(lambda: online.soften(batch))}
+        found: dict[str, float] = {}
         for name, variant in list(variants.items())[:: (-1) ** repetition]:
             for _ in range(2 * variant.workers):  # what was loaded while others ran doesn't count
                 variant.step()
+            clock.take()
             found[name] = rate(variant.step)
+            if name == "online":
+                found["teacher"] = 1 / clock.take()
             if name in ENCODINGS and device == "cpu":
                 found[f"load {name}"] = rate(variant.load)
         for name, value in found.items() if repetition else ():

@@ -77,7 +77,7 @@ def distances() -> None:
 
     def log_probs(precision: str, batch: int) -> Tensor:
         with torch.inference_mode(), autocast(precision, "cpu"):
-            pieces = zip(*(one.split(batch) for one in inputs), strict=True)
+            pieces = zip(*(torch.split(one, batch) for one in inputs), strict=True)
             return torch.cat([teacher.logits(piece).float() for piece in pieces]).double().log_softmax(-1)
 
     plain, bf16 = log_probs("fp32", 256), log_probs("bf16", 256)
