@@ -15,8 +15,8 @@ less. Read it so:
 
     cached ÷ supervised   time of a step, its batch's loading included; wanted: at most about 1.03
     cached ÷ online       the same: the less, the more the cache saves
-    floor                 of cached ÷ online, if the cache cost nothing: 1 − the teacher's share of an online step, timed
-                          in these very steps
+    floor                 of cached ÷ online, if the cache cost nothing: 1 − the teacher's share of an online step,
+                          timed in these very steps
     loading, cached       the share of a cached step that is loading; – beside a GPU, where it is done ahead
 """
 
