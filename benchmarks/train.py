@@ -51,7 +51,7 @@ from pseudolabel.shard_lists import Shard, list_shards
 from pseudolabel.shards import write_shard
 from pseudolabel.storage.mirror import Mirror
 from pseudolabel.teachers import parse_teacher
-from pseudolabel.training_setup import preprocessing_of
+from pseudolabel.training_setup import Training, preprocessing_of
 
 ENCODINGS = ("dense", "topk:5")
 PHOTOS_A_SHARD = 250
@@ -129,9 +129,8 @@ class Variant:
         self.workers = 0 if device == "cpu" else max(1, min(8, available_cores() - 1))
         card = ModelCard(settings.student, tuple(map(str, range(data.num_classes))), preprocessing_of(settings))
         unused = RunDirectory(Mirror(Path("unused")), "train", {})
-        self._loop = TrainingLoop(
-            settings, card, data, None, unused, 1_000_000, self._device, self.workers, cache="auto"
-        )
+        training = Training(settings, card, data, steps=1_000_000)
+        self._loop = TrainingLoop(training, unused, self._device, self.workers, cache="auto")
         self._batches = self._loop.batches_from(0)
 
     def load(self) -> Batch:

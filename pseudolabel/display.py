@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -22,12 +21,6 @@ _FEW_STEPS = 100
 _QUIET_SECONDS = 10.0  # without a terminal, a line this often
 
 
-def _bytes_of(shard: Shard) -> int:
-    if shard.size is not None:
-        return shard.size
-    return os.path.getsize(shard.path) if os.path.exists(shard.path) else 0
-
-
 class Display:
     """Progress of one command. On a terminal a live bar with rate and time left, elsewhere a line now and then."""
 
@@ -39,7 +32,8 @@ class Display:
         self._training = False
         self._task: TaskID | None = None
         self._started = self._said = time.monotonic()
-        self._samples = self._bytes = self._total_bytes = self._shards = self._failed = 0
+        self._total = self._ended = self._begun = 0
+        self._samples = self._shards = self._failed = 0
         self._spent: dict[str, float] = {}
 
     def __enter__(self) -> Display:
@@ -63,9 +57,8 @@ class Display:
             print(text, file=sys.stderr, flush=True)
 
     def begin_annotating(self, shards: Sequence[Shard]) -> None:
-        self._samples = self._bytes = self._shards = self._failed = 0
+        self._samples = self._shards = self._failed = self._ended = 0
         self._spent = {}
-        self._total_bytes = sum(_bytes_of(shard) for shard in shards)
         self._open(len(shards), "shards")
 
     def annotating(self, progress: AnnotateProgress) -> None:
@@ -80,8 +73,11 @@ class Display:
             rate += "".join(f", {stage} {spent / total:.0%}" for stage, spent in self._spent.items())
         self._shards += progress.finished is not None
         self._failed += progress.failure is not None
-        failed = f"{self._failed} failed, " if self._failed and self._live is not None else ""
-        self._advance(int(progress.ends is not None), f"{failed}{rate}")
+        self._ended += progress.ends is not None
+        failed = f"{self._failed} failed" if self._failed else ""
+        where = ", ".join(filter(None, (f"{self._shards} of {self._total} shards done", failed)))
+        left = self._left(self._shards, self._total - self._ended)
+        self._show(self._ended, ", ".join(filter(None, (failed, rate))), f"{where}{left}: {rate}")
 
     def training(self, progress: TrainProgress) -> None:
         """Told every few steps."""
@@ -92,15 +88,17 @@ class Display:
                     "--epochs or --steps give more"
                 )
             self._open(progress.steps, "steps")
-            self._training = True
+            self._training, self._begun = True, progress.step
         val = f", val accuracy {progress.val_accuracy:.4f}" if progress.val_accuracy is not None else ""
         text = f"loss {progress.loss:.4f}{val}, {progress.samples_per_second:,.0f} samples/s"
-        self._advance(progress.step, text, absolute=True, total=progress.steps, say=bool(val))
+        left = self._left(progress.step - self._begun, progress.steps - progress.step)
+        self._show(progress.step, text, f"step {progress.step} of {progress.steps}{left}: {text}")
         if progress.step == progress.steps:
             self._close()
 
     def _open(self, total: int, unit: str) -> None:
         self._started = self._said = time.monotonic()
+        self._total = total
         if self.console.is_terminal:
             from rich.progress import (
                 BarColumn,
@@ -124,17 +122,19 @@ class Display:
             self._live.start()
             self._task = self._live.add_task("", total=total)
 
-    def _advance(self, amount: int, text: str, *, absolute: bool = False, total: int = 0, say: bool = False) -> None:
+    def _show(self, completed: int, text: str, line: str) -> None:
+        """`text` beside the bar, or now and then a whole `line`."""
         if self._live is not None and self._task is not None:
-            if absolute:
-                self._live.update(self._task, description=text, completed=amount)
-            else:
-                self._live.update(self._task, description=text, advance=amount)
+            self._live.update(self._task, description=text, completed=completed)
         elif time.monotonic() - self._said > _QUIET_SECONDS:
             self._said = time.monotonic()
-            where = f"step {amount}/{total}" if absolute else f"{self._shards} shards done"
-            where += f", {self._failed} failed" if self._failed else ""
-            print(f"  {where}: {text}", file=sys.stderr, flush=True)
+            print(f"  {line}", file=sys.stderr, flush=True)
+
+    def _left(self, done: int, remaining: int) -> str:
+        """How long the rest takes at the pace so far."""
+        if done <= 0 or remaining <= 0:
+            return ""
+        return f", {_duration((time.monotonic() - self._started) / done * remaining)} left"
 
     def _close(self) -> None:
         if self._live is not None:

@@ -224,8 +224,11 @@ def _free_memory() -> int:
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             free = next(int(line.split()[1]) << 10 for line in file if line.startswith("MemAvailable"))
-        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text(encoding="ascii") for name in ("max", "current"))
-        free = min(free, int(limit) - int(used))
+        limit, used, kinds = (
+            Path(f"/sys/fs/cgroup/memory.{name}").read_text(encoding="ascii") for name in ("max", "current", "stat")
+        )
+        given_up = next(int(line.split()[1]) for line in kinds.splitlines() if line.startswith("inactive_file "))
+        free = min(free, int(limit) - int(used) + given_up)  # files that were read lately are dropped when need be
     except (OSError, ValueError, StopIteration):  # not Linux, or no limit ("max")
         pass
     return max(free, 0)

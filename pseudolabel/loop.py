@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,22 +12,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from pseudolabel.checkpoint import ModelCard, load_state, load_tensors, save_state
+from pseudolabel.checkpoint import load_state, load_tensors, save_state
 from pseudolabel.dataset import Batch, CarriedErrors, TrainingBatches
 from pseudolabel.distributed import State, Team
 from pseudolabel.errors import Diverged, PseudolabelError
 from pseudolabel.forkserver import fork_server
 from pseudolabel.image_cache import CacheMode
-from pseudolabel.inputs import TrainingData
 from pseudolabel.learner import Learner
 from pseudolabel.optim import learning_rate
 from pseudolabel.processes import LOOK_EVERY, explained_loader_deaths, helper_start, wait_for
 from pseudolabel.rundir import RunDirectory
-from pseudolabel.settings import TrainSettings
 from pseudolabel.step_times import StepTimes
-from pseudolabel.students.start import Start
 from pseudolabel.tracking import Tracking
-from pseudolabel.validate import Validation
+from pseudolabel.training_setup import Training
 
 LOG_EVERY = 20
 _STATE = ("model", "best", "optimizer", "average")
@@ -52,16 +50,11 @@ class TrainingLoop:
 
     def __init__(
         self,
-        settings: TrainSettings,
-        card: ModelCard,
-        data: TrainingData,
-        validation: Validation | None,
+        training: Training,
         run: RunDirectory,
-        steps: int,
         device: torch.device,
         workers: int,
         team: Team | None = None,
-        start: Start | None = None,
         *,
         cache: CacheMode = "off",
         profile: bool = False,
@@ -69,27 +62,21 @@ class TrainingLoop:
         tracking: Tracking | None = None,
         log_every: int = LOG_EVERY,
     ) -> None:
-        self._settings, self._validation, self._run, self._steps, self._device, self._workers = (
-            settings,
-            validation,
-            run,
-            steps,
-            device,
-            workers,
-        )
-        self._tracking = tracking
+        settings = training.settings
+        self._settings, self._steps, self._validation = settings, training.steps, training.validation
+        self._run, self._device, self._workers, self._tracking = run, device, workers, tracking
         self._team = team or Team()
         self._first = self._team.world.first
-        self.learner = Learner(settings, card, data, device, self._team, start)
+        self.learner = Learner(settings, training.card, training.data, device, self._team, training.start)
         self.times = StepTimes(device, on=profile)
         self._batches = TrainingBatches(
-            data,
-            card.preprocessing,
+            training.data,
+            training.card.preprocessing,
             settings.augment,
             batch_size=settings.batch_size,
             labeled_fraction=settings.labeled_fraction,
             seed=settings.seed,
-            steps=steps,
+            steps=training.steps,
             world=self._team.world,
         )
         self._cache: CacheMode = cache
@@ -115,35 +102,39 @@ class TrainingLoop:
             self.times.steps += 1
             done = step + 1
             accuracy: float | None = None
-            if done % eval_every == 0 or done == self._steps:
+            if validates := done % eval_every == 0 or done == self._steps:
                 with self.times.during("validate"):
                     accuracy = self._validate(done)
-            if done % self._log_every == 0 or done % eval_every == 0 or done == self._steps:
-                value, of_labels, of_soft = self._team.sum(losses)
-                if value != value or value in (float("inf"), float("-inf")):
-                    raise Diverged(
-                        f"{self._run.place}: the loss is {value} at step {done}; "
-                        "use a smaller --lr, or --precision fp32"
-                    )
+            if validates or done % self._log_every == 0:
                 speed = (done - marked_step) * self._settings.batch_size / max(time.monotonic() - mark, 1e-9)
                 mark, marked_step = time.monotonic(), done
-                record: dict[str, Any] = {"step": done, "loss": value}
-                if batch.targets is not None:
-                    record |= {"label_loss": of_labels} if batch.num_labeled else {}
-                    record["soft_loss"] = of_soft
-                record |= {"lr": rate, "samples_per_second": round(speed, 1), "val_accuracy": accuracy}
-                if self._first:
-                    self._run.log(record)
-                if self._tracking is not None:
-                    self._tracking.log(record)
+                loss = self._log(done, losses, batch, rate, speed, accuracy)
                 if on_progress is not None:
-                    on_progress(TrainProgress(done, self._steps, value, speed, accuracy))
+                    on_progress(TrainProgress(done, self._steps, loss, speed, accuracy))
             if done % eval_every == 0 and done < self._steps:
                 self._facts |= {"step": done, "seconds": earlier + time.monotonic() - started}
                 if self._first:
                     with self.times.during("save"):
                         self._save()
         return int(self._facts["best_step"]), self._facts["best_accuracy"], earlier
+
+    def _log(self, step: int, losses: Tensor, batch: Batch, rate: float, speed: float, accuracy: float | None) -> float:
+        """A line of metrics.jsonl, for the trackers, too; returns the loss. Raises `Diverged` if it isn't finite."""
+        loss, of_labels, of_soft = self._team.sum(losses)
+        if not math.isfinite(loss):
+            raise Diverged(
+                f"{self._run.place}: the loss is {loss} at step {step}; use a smaller --lr, or --precision fp32"
+            )
+        record: dict[str, Any] = {"step": step, "loss": loss}
+        if batch.targets is not None:
+            record |= {"label_loss": of_labels} if batch.num_labeled else {}
+            record["soft_loss"] = of_soft
+        record |= {"lr": rate, "samples_per_second": round(speed, 1), "val_accuracy": accuracy}
+        if self._first:
+            self._run.log(record)
+        if self._tracking is not None:
+            self._tracking.log(record)
+        return loss
 
     def best_body(self) -> nn.Module:
         """The network with the weights to keep."""

@@ -40,6 +40,7 @@ from pseudolabel.run_result import Round, RunResult, table
 from pseudolabel.settings import TrainSettings
 from pseudolabel.shard_lists import Shard, list_shards
 from pseudolabel.shards import shard_sha256
+from pseudolabel.step_times import advice, summary
 from pseudolabel.storage import Location
 from pseudolabel.teachers import parse_teachers
 from pseudolabel.tracking import grouped
@@ -79,6 +80,7 @@ class Place:
     threads: int | None = None
     trackers: tuple[Tracker, ...] = ()
     cache: CacheMode = "auto"
+    profile: bool = False
 
 
 def run(
@@ -240,7 +242,7 @@ class _Pipeline:
     ) -> TrainResult:
         """From the labels alone, without a `trust` in soft labels."""
         store = open_store(directory.parent / "store") if trust is not None else None
-        return train(
+        result = train(
             settings,
             directory,
             labeled=self.labeled,
@@ -255,10 +257,14 @@ class _Pipeline:
             workers=self.place.workers,
             threads=self.place.threads,
             cache=self.place.cache,
+            profile=self.place.profile,
             on_progress=self.watcher.training,
             on_note=lambda note: self.watcher.stage(f"note: {note}"),
             trackers=grouped(self.place.trackers, name=self._name(directory), group=self.out.name or "run"),
         )
+        if self.place.profile and result.profile is not None:
+            self.watcher.stage(f"{summary(result.profile)}\n{advice(result.profile)}")
+        return result
 
     def _name(self, directory: Location) -> str:
         """What a stage is called, such as round-1/student."""

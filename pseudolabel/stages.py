@@ -62,12 +62,17 @@ def shares(seconds: Mapping[str, float]) -> dict[str, float]:
     return {stage: value / total if total else 0.0 for stage, value in seconds.items()}
 
 
-def bottleneck(seconds: Mapping[str, float], *, gpu: bool) -> str:
-    """One line: which stage bounds the rate, and what to change."""
+def bound(seconds: Mapping[str, float], of: str, advice: Mapping[str, str]) -> str:
+    """One line: which stage takes the largest share `of` something, and what to change about it."""
     share = shares(seconds)
     if not any(share.values()):
-        return "nothing was annotated, so nothing was slow"
+        return "nothing was done, so nothing was slow"
     worst = max(share, key=lambda stage: share[stage])
+    return f"bound by {worst} ({share[worst]:.0%} of {of}): {advice[worst]}"
+
+
+def bottleneck(seconds: Mapping[str, float], *, gpu: bool) -> str:
+    """What bounds annotate."""
     advice = {
         "fetch": "the network or the storage: bring the machine nearer to it; more --workers fetch more at once",
         "decode": "give the GPU's host more cores, or store smaller images; --fast-jpeg helps with large ones"
@@ -81,4 +86,4 @@ def bottleneck(seconds: Mapping[str, float], *, gpu: bool) -> str:
         "(see plan)",
         "other": "bookkeeping: larger shards or a larger --batch-size make it less",
     }
-    return f"bound by {worst} ({share[worst]:.0%} of the workers' time): {advice[worst]}"
+    return bound(seconds, "the workers' time", advice)

@@ -19,7 +19,7 @@ from functools import partial
 
 import torch
 
-from pseudolabel.stages import Stages, shares
+from pseudolabel.stages import Stages, bound, shares
 
 STEP_STAGES = ("load", "copy", "forward", "loss", "backward", "update", "validate", "save", "other")
 
@@ -46,18 +46,24 @@ class StepTimes:
 
 def advice(milliseconds: Mapping[str, float]) -> str:
     """One line: which stage bounds a step, and what to change."""
-    share = shares(milliseconds)
-    if not any(share.values()):
-        return "no step was made, so nothing was slow"
-    worst = max(share, key=lambda stage: share[stage])
+    student = "the student itself: a smaller one, --precision bf16, --compile, or a GPU"
     known = {
         "load": "more --workers, --cache ram, or smaller images",
         "copy": "smaller images, or a larger --batch-size",
+        "forward": student,
+        "backward": student,
         "loss": "a larger --batch-size",
         "update": "a larger --batch-size; --ema 0 and --clip-norm 0 leave work out",
         "validate": "a larger --eval-every, or fewer validation images",
         "save": "a larger --eval-every, or a faster disk",
         "other": "more steps: starting takes its time",
     }
-    student = "the student itself: a smaller one, --precision bf16, --compile, or a GPU"
-    return f"bound by {worst} ({share[worst]:.0%} of the time): {known.get(worst, student)}"
+    return bound(milliseconds, "the time", known)
+
+
+def summary(milliseconds: Mapping[str, float]) -> str:
+    """One line: what a step takes, and each stage's share of it."""
+    whole = sum(milliseconds.values())
+    return f"a step takes {whole:.2f} ms: " + ", ".join(
+        f"{stage} {share:.0%}" for stage, share in shares(milliseconds).items()
+    )

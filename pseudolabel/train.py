@@ -18,34 +18,21 @@ from dataclasses import dataclass
 import torch
 
 from pseudolabel import storage
-from pseudolabel.calibration import Calibration, read_calibration
-from pseudolabel.checkpoint import ModelCard, save_model
+from pseudolabel.calibration import Calibration
+from pseudolabel.checkpoint import save_model
 from pseudolabel.distributed import Team
-from pseudolabel.errors import LabelError
 from pseudolabel.image_cache import CacheMode
-from pseudolabel.inputs import gather
 from pseudolabel.interfaces import Tracker
-from pseudolabel.label_space import check_names
-from pseudolabel.labels.store import Store, open_store
+from pseudolabel.labels.store import Store
 from pseudolabel.loop import LOG_EVERY, TrainingLoop, TrainProgress
-from pseudolabel.losses import check_loss, parse_loss
-from pseudolabel.precision import resolve_precision, slow_here
+from pseudolabel.precision import slow_here
 from pseudolabel.rundir import RunDirectory
-from pseudolabel.selection import Selection, open_selection
+from pseudolabel.selection import Selection
 from pseudolabel.settings import TrainSettings
-from pseudolabel.shard_lists import ShardsLike, as_shards
-from pseudolabel.starting import check_not_replaced, find_start
-from pseudolabel.students import parse_student
+from pseudolabel.shard_lists import ShardsLike
+from pseudolabel.starting import check_not_replaced
 from pseudolabel.tracking import Tracking
-from pseudolabel.training_setup import (
-    as_set,
-    check_shares,
-    identity_of,
-    number_of_steps,
-    preprocessing_of,
-    soft_labels,
-)
-from pseudolabel.validate import Validation
+from pseudolabel.training_setup import set_up
 
 
 @dataclass(frozen=True)
@@ -99,9 +86,8 @@ def train(
     batches in processes of their own; `threads` of the CPU train (None leaves torch's setting). Neither changes what is
     learned, but for the last bits that another number of threads may change; nor does `cache`, which keeps decoded
     images in memory (see `image_cache.keep_images`; `on_note` is told what it takes), nor `profile`, nor after how many
-    steps metrics are logged. Each process of a
-    `team` (see `joined`) calls this with the same arguments but its own device, and gets the same result.
-    `trackers` are told of the metrics in the first of these processes, and change no result.
+    steps metrics are logged, nor `trackers`, which are told of the metrics. Each process of a `team` (see `joined`)
+    calls this with the same arguments but its own device, and gets the same result.
 
     The student starts from the weights of `init_from` (a finished run, or a .safetensors file), or else of its spec. A
     note says what was taken and what begins random: to `on_note`, or as a warning if nobody listens.
@@ -119,72 +105,70 @@ def train(
     """
     started = time.monotonic()
     team = team or Team()
-    settings = settings.model_copy(update={"precision": resolve_precision(settings.precision, device)})
-    check_shares(settings, team)
-    store = open_store(store) if isinstance(store, (str, os.PathLike)) else store
-    val = as_shards(val)
-    selection = open_selection(selection) if isinstance(selection, (str, os.PathLike)) else selection
-    calibration = read_calibration(calibration) if isinstance(calibration, (str, os.PathLike)) else calibration
-    data, names = gather(as_shards(labeled), as_shards(unlabeled), store, classes, num_classes, selection, calibration)
-    data = as_set(data, settings)
-    student = parse_student(settings.student)
     if init_from is not None:
         check_not_replaced(init_from, out, overwrite=overwrite)
-    start = find_start(student, len(names), settings.channels, init_from)
-    card = ModelCard(settings.student, names, preprocessing_of(settings, start), student.config)
-    check_names(val, names)
-    validation = Validation(val, card.preprocessing, len(names), device, team) if val else None
-    parse_loss(settings.loss)
-    if store is not None:
-        check_loss(settings.loss, soft_labels(settings, data, store))
-    if store is not None and settings.alpha == 0 and settings.labeled_fraction == 0:
-        raise LabelError("alpha 0 leaves out the soft labels and labeled fraction 0 the labels: nothing to learn from")
-    steps = number_of_steps(settings, data)
-    identity = identity_of(settings, data, validation, card, start)
-    team.check_same(identity)
+    training = set_up(
+        settings,
+        labeled=labeled,
+        unlabeled=unlabeled,
+        store=store,
+        val=val,
+        selection=selection,
+        calibration=calibration,
+        classes=classes,
+        num_classes=num_classes,
+        init_from=init_from,
+        device=device,
+        team=team,
+    )
+    settings, first = training.settings, team.world.first
+    team.check_same(identity := training.identity())
     with storage.mirrored(storage.location(out)) as mirror:
         run = RunDirectory(mirror, "train", identity)
-        tracking = Tracking(trackers if team.world.first else (), run, settings.model_dump(mode="json"))
+        tracking = Tracking(trackers if first else (), run, settings.model_dump(mode="json"))
         with _threads(threads, device), _claimed(run, team), tracking:
             loop = TrainingLoop(
-                settings,
-                card,
-                data,
-                validation,
+                training,
                 run,
-                steps,
                 torch.device(device),
                 workers,
                 team,
-                start,
                 cache=cache,
                 profile=profile,
                 on_note=on_note,
                 tracking=tracking,
                 log_every=log_every,
             )
-            if (finished := team.from_first(run.start(overwrite=overwrite) if team.world.first else None)) is not None:
+            if (finished := team.from_first(run.start(overwrite=overwrite) if first else None)) is not None:
                 known = {**finished["result"], "run": storage.shown(os.fspath(out))}
                 return TrainResult(**{**known, "notes": tuple(known.get("notes", ()))})
-            if team.world.first:
+            if first:
                 run.write_settings(settings.model_dump(mode="json", exclude_none=True))
-                if on_note is not None and (slow := slow_here(settings.precision, device)):
-                    on_note(slow)
-                for note in loop.learner.notes:
-                    on_note(note) if on_note is not None else warnings.warn(note, stacklevel=2)
+                _tell_notes(loop.learner.notes, slow_here(settings.precision, device), on_note)
             best_step, accuracy, earlier = loop.run_to_the_end(on_progress)
-            parameters = sum(parameter.numel() for parameter in loop.learner.body.parameters())
-            seconds = round(earlier + time.monotonic() - started, 3)
-            profiled = loop.times.take() if profile else None
-            place = storage.shown(os.fspath(out))
-            notes = loop.learner.notes
-            result = TrainResult(place, steps, seconds, accuracy, best_step, parameters, notes, profiled)
-            told = {**dataclasses.asdict(result), "notes": list(notes)}
-            if team.world.first:
-                save_model(run.path, card, loop.best_body())
+            result = TrainResult(
+                run=storage.shown(os.fspath(out)),
+                steps=training.steps,
+                seconds=round(earlier + time.monotonic() - started, 3),
+                val_accuracy=accuracy,
+                best_step=best_step,
+                parameters=sum(parameter.numel() for parameter in loop.learner.body.parameters()),
+                notes=loop.learner.notes,
+                profile=loop.times.take() if profile else None,
+            )
+            told = {**dataclasses.asdict(result), "notes": list(result.notes)}
+            if first:
+                save_model(run.path, training.card, loop.best_body())
                 run.finish({"result": told, "metrics": {"val_accuracy": accuracy}})
             tracking.finish(told)
         return result
+
+
+def _tell_notes(notes: Sequence[str], slow: str | None, on_note: Callable[[str], None] | None) -> None:
+    if on_note is not None and slow:
+        on_note(slow)
+    for note in notes:
+        on_note(note) if on_note is not None else warnings.warn(note, stacklevel=3)
 
 
 @contextlib.contextmanager

@@ -5,26 +5,105 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from pseudolabel.calibration import Calibration, read_calibration
 from pseudolabel.checkpoint import ModelCard
 from pseudolabel.dataset import split_batch
 from pseudolabel.distributed import Team
-from pseudolabel.errors import LaunchError, SpecError
-from pseudolabel.inputs import TrainingData, TrainingShard
+from pseudolabel.errors import LabelError, LaunchError, SpecError
+from pseudolabel.inputs import TrainingData, TrainingShard, gather
 from pseudolabel.label_balance import label_loss
+from pseudolabel.label_space import check_names
 from pseudolabel.labels.encodings import parse_encoding
 from pseudolabel.labels.sampled import Sampled
-from pseudolabel.labels.store import Store
+from pseudolabel.labels.store import Store, open_store
 from pseudolabel.losses import SoftLabels, check_loss, parse_loss
+from pseudolabel.precision import resolve_precision
+from pseudolabel.selection import Selection, open_selection
 from pseudolabel.settings import TrainSettings
+from pseudolabel.shard_lists import ShardsLike, as_shards
+from pseudolabel.starting import find_start
 from pseudolabel.students import parse_student
 from pseudolabel.students.start import Start
 from pseudolabel.validate import Validation
 from pseudolabel.views.image import Preprocessing, square
 
 _MANY_CLASSES = 1 << 20  # more than any loss wants at the least
+
+
+PathLike = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Training:
+    """What is trained, on what, for how long: all that decides the result, checked against each other."""
+
+    settings: TrainSettings
+    card: ModelCard
+    data: TrainingData
+    steps: int
+    validation: Validation | None = None
+    start: Start | None = None
+
+    def identity(self) -> dict[str, Any]:
+        """What makes the run this one: settings, and hashes of all that was read."""
+        data, card, start = self.data, self.card, self.start
+        # These two are there only where they matter: fingerprints made before them stay.
+        more = {"initial_weights": start.fingerprint()} if start is not None else {}
+        more |= {"config": _sha256(card.config)} if card.config is not None else {}
+        return {
+            "settings": self.settings.model_dump(mode="json"),
+            "classes": _sha256(card.classes),
+            "labeled": _contents(data.labeled),
+            "unlabeled": _contents(data.unlabeled),
+            "val": self.validation.sha256 if self.validation is not None else None,
+            "store": data.store.fingerprint if data.store is not None else None,
+            "selection": data.selection.fingerprint if data.selection is not None else None,
+            "calibration": data.calibration.fingerprint if data.calibration is not None else None,
+            **more,
+        }
+
+
+def set_up(
+    settings: TrainSettings,
+    *,
+    labeled: ShardsLike,
+    unlabeled: ShardsLike,
+    store: Store | PathLike | None,
+    val: ShardsLike,
+    selection: Selection | PathLike | None,
+    calibration: Calibration | PathLike | None,
+    classes: Sequence[str] | None,
+    num_classes: int | None,
+    init_from: PathLike | None,
+    device: str,
+    team: Team,
+) -> Training:
+    """Read and check all that `train` is given, and raise what it raises before the first step; nothing is written."""
+    settings = settings.model_copy(update={"precision": resolve_precision(settings.precision, device)})
+    check_shares(settings, team)
+    store = store if isinstance(store, Store) or store is None else open_store(store)
+    val = as_shards(val)
+    selection = selection if isinstance(selection, Selection) or selection is None else open_selection(selection)
+    if not isinstance(calibration, Calibration) and calibration is not None:
+        calibration = read_calibration(calibration)
+    data, names = gather(as_shards(labeled), as_shards(unlabeled), store, classes, num_classes, selection, calibration)
+    data = as_set(data, settings)
+    student = parse_student(settings.student)
+    start = find_start(student, len(names), settings.channels, init_from)
+    card = ModelCard(settings.student, names, preprocessing_of(settings, start), student.config)
+    check_names(val, names)
+    validation = Validation(val, card.preprocessing, len(names), device, team) if val else None
+    parse_loss(settings.loss)
+    if store is not None:
+        check_loss(settings.loss, soft_labels(settings, data, store))
+    if store is not None and settings.alpha == 0 and settings.labeled_fraction == 0:
+        raise LabelError("alpha 0 leaves out the soft labels and labeled fraction 0 the labels: nothing to learn from")
+    return Training(settings, card, data, number_of_steps(settings, data), validation, start)
 
 
 def check_shares(settings: TrainSettings, team: Team) -> None:
@@ -129,27 +208,9 @@ def number_of_steps(settings: TrainSettings, data: TrainingData) -> int:
     return max(1, round(settings.epochs * rows / (num_pseudo or num_labeled)))
 
 
-def identity_of(
-    settings: TrainSettings, data: TrainingData, validation: Validation | None, card: ModelCard, start: Start | None
-) -> dict[str, Any]:
-    def contents(shards: Sequence[TrainingShard]) -> str:
-        lines = [f"{one.shard.name} {one.sha256} {one.part is not None}" for one in shards]
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-    # These two are there only where they matter: fingerprints made before them stay.
-    more = {"initial_weights": start.fingerprint()} if start is not None else {}
-    more |= {"config": _sha256(card.config)} if card.config is not None else {}
-    return {
-        "settings": settings.model_dump(mode="json"),
-        "classes": _sha256(card.classes),
-        "labeled": contents(data.labeled),
-        "unlabeled": contents(data.unlabeled),
-        "val": validation.sha256 if validation is not None else None,
-        "store": data.store.fingerprint if data.store is not None else None,
-        "selection": data.selection.fingerprint if data.selection is not None else None,
-        "calibration": data.calibration.fingerprint if data.calibration is not None else None,
-        **more,
-    }
+def _contents(shards: Sequence[TrainingShard]) -> str:
+    lines = [f"{one.shard.name} {one.sha256} {one.part is not None}" for one in shards]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _sha256(facts: Any) -> str:

@@ -164,7 +164,7 @@ def test_stages_add_up_and_name_the_largest() -> None:
     assert stages.take()["forward"] == 0
     assert bottleneck(taken, gpu=False).startswith("bound by forward")
     assert "more cores" in bottleneck({**taken, "decode": 1.0}, gpu=True)
-    assert bottleneck(dict.fromkeys(taken, 0.0), gpu=True) == "nothing was annotated, so nothing was slow"
+    assert bottleneck(dict.fromkeys(taken, 0.0), gpu=True) == "nothing was done, so nothing was slow"
 
 
 def _photo(size: tuple[int, int]) -> bytes:

@@ -32,7 +32,7 @@ from pseudolabel.mixing import Mix, draw_mix, partners
 from pseudolabel.order import BalancedOrder
 from pseudolabel.settings import AugmentSettings, TrainSettings
 from pseudolabel.shard_lists import list_shards
-from pseudolabel.step_times import STEP_STAGES, StepTimes, advice
+from pseudolabel.step_times import STEP_STAGES, StepTimes, advice, summary
 from pseudolabel.train import train
 from pseudolabel.views.image import square
 
@@ -291,6 +291,10 @@ def test_a_profile_says_where_a_step_goes(corpus: Path, tmp_path: Path) -> None:
     assert set(result.profile) == set(STEP_STAGES)
     assert all(value > 0 for value in result.profile.values())
     assert advice(result.profile).startswith("bound by ")
+    whole = sum(result.profile.values())
+    assert summary(result.profile).startswith(
+        f"a step takes {whole:.2f} ms: load {result.profile['load'] / whole:.0%}, "
+    )
     assert sum(result.profile.values()) * result.steps / 1000 == pytest.approx(result.seconds, rel=0.5)
 
 

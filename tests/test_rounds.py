@@ -247,7 +247,9 @@ def test_a_page_leaves_out_torn_lines_of_metrics(recipe_file: Path, tmp_path: Pa
 
 
 def test_run_as_a_command(recipe_file: Path, cli: Cli) -> None:
-    result, _ = cli("run", recipe_file, "--out", "run", "--set", "rounds.count=1", "--device", "cpu", "--threads", 1)
+    args = ("--set", "rounds.count=1", "--device", "cpu", "--threads", 1, "--profile")
+    result, said = cli("run", recipe_file, "--out", "run", *args)
+    assert said.count("a step takes ") == 3  # teacher, student, control
     assert result["rounds"][0].keys() >= {"round", "val_accuracy", "test_accuracy"}
     assert "test_accuracy" in result["control"]
     assert (cli.cwd / "run" / "report.html").exists()

@@ -157,7 +157,7 @@ def test_failed_shards_are_counted_apart_and_their_time_is_of_fetching(
     served.refused = {"s-10": 503, "s-11": 503}
     seen: list[Progress] = []
     with Display() as display:
-        display.begin_annotating([])
+        display.begin_annotating(served.shards)
 
         def told(progress: Progress) -> None:
             seen.append(progress)
@@ -174,4 +174,4 @@ def test_failed_shards_are_counted_apart_and_their_time_is_of_fetching(
     failed = [one for one in seen if one.failure is not None]
     assert [one.shard for one in failed] == ["s-10", "s-11"]
     assert all(one.seconds["fetch"] > 0.0 == one.seconds["decode"] for one in failed)
-    assert "  10 shards done, 2 failed: " in capsys.readouterr().err
+    assert f"  10 of {len(served.shards)} shards done, 2 failed" in capsys.readouterr().err

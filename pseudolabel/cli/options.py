@@ -75,6 +75,7 @@ class KeptImages(StrEnum):
 Cache = Annotated[
     KeptImages, typer.Option(help="decoded images in memory: auto, if they take a quarter of what is free; ram; off")
 ]
+Profile = Annotated[bool, typer.Option("--profile", help="print where the time of a training step goes")]
 Teachers = Annotated[
     list[str],
     typer.Option(

@@ -17,6 +17,7 @@ from pseudolabel.cli.options import (
     KeptImages,
     LoaderWorkers,
     Overwrite,
+    Profile,
     Shards,
     Threads,
     TrackerSpecs,
@@ -115,7 +116,7 @@ def train(
     workers: LoaderWorkers = None,
     threads: Threads = None,
     cache: Cache = KeptImages.auto,
-    profile: Annotated[bool, typer.Option("--profile", help="print where the time of a step goes")] = False,
+    profile: Profile = False,
     log_every: Annotated[int, typer.Option(min=1, help="steps between lines of metrics.jsonl and trackers")] = 20,
     tracker: TrackerSpecs = None,
     overwrite: Overwrite = False,
@@ -145,7 +146,7 @@ def train(
     from pseudolabel.distributed import joined
     from pseudolabel.labels.store import open_store
     from pseudolabel.shard_lists import list_shards
-    from pseudolabel.step_times import advice
+    from pseudolabel.step_times import advice, summary
     from pseudolabel.storage import location
     from pseudolabel.trackers import parse_tracker
     from pseudolabel.train import train
@@ -184,10 +185,7 @@ def train(
     shares = told.pop("profile", {})
     print_pairs(told, for_people(as_json))
     if shares:
-        whole = sum(shares.values())
-        lines = {f"  {stage}": f"{spent:.2f} ms, {spent / whole:.0%}" for stage, spent in shares.items()}
-        print_pairs({"a step": f"{whole:.2f} ms", **lines}, for_people(as_json))
-        print(advice(shares), file=for_people(as_json))
+        print(f"{summary(shares)}\n{advice(shares)}", file=for_people(as_json))
     return dataclasses.asdict(result)
 
 

@@ -17,6 +17,7 @@ from pseudolabel.cli.options import (
     KeptImages,
     LoaderWorkers,
     Overrides,
+    Profile,
     Threads,
     TrackerSpecs,
     training_place,
@@ -34,6 +35,7 @@ def run(
     workers: LoaderWorkers = None,
     threads: Threads = None,
     cache: Cache = KeptImages.auto,
+    profile: Profile = False,
     tracker: TrackerSpecs = None,
     as_json: Json = False,
 ) -> Mapping[str, Any]:
@@ -50,7 +52,11 @@ def run(
     loaded = load_recipe(recipe, overrides or ())
     with Display() as display:
         place = Place(
-            LocalEngine(device), **training_place(device, workers, threads), cache=cache.value, trackers=trackers
+            LocalEngine(device),
+            **training_place(device, workers, threads),
+            cache=cache.value,
+            profile=profile,
+            trackers=trackers,
         )
         result = run(loaded, out, place, display)
     rows = table(result)
