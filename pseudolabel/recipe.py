@@ -38,7 +38,7 @@ from pseudolabel.settings import (
 Model = TypeVar("Model", bound=BaseModel)
 Shards = str | tuple[str, ...]
 _UNION_TAGS = ("str", "tuple[str, ...]")  # what pydantic adds to the place of an error in `Shards`
-_MESSAGES = {"tuple_type": "Input should be a list", "model_type": "Input should be a table"}
+_MESSAGES = {"tuple_type": "must be a list", "model_type": "must be a table"}
 
 
 class DataSettings(Settings):
@@ -168,6 +168,7 @@ def _explain(kind: type[BaseModel], error: dict[str, Any], flags: Collection[str
     if error["type"] == "missing":
         return f"{name!r} is missing"
     message = _MESSAGES.get(error["type"], str(error["msg"]).removeprefix("Value error, "))
+    message = re.sub(r", unable to parse.*", "", message.replace("Input should be", "must be"))
     message = re.sub(r"`(\w+)`", lambda named: _flag(named[1]) if named[1] in flags else named[1], message)
     return (
         (f"{name}: " if name else "")

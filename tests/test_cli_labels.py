@@ -128,7 +128,7 @@ def test_a_store_goes_on_with_its_own_teacher_and_settings_only(
         ("--encoding", "topk:0", "SpecError", "'topk:0' is not an encoding; write dense, dense8, topk:K"),
         ("--encoding", "topk:99", "SpecError", "topk:99: the teacher has only 4 classes"),
         ("--encoding", "sparse", "SpecError", "'sparse' is not an encoding"),
-        ("--precision", "fp8", "RecipeError", "precision: Input should be 'auto', 'fp32', 'bf16' or 'fp16'"),
+        ("--precision", "fp8", "RecipeError", "precision: must be 'auto', 'fp32', 'bf16' or 'fp16'"),
         ("--slice", "4/4", "ShardListError", "--slice '4/4': write i/n with i from 0 to n-1"),
         ("--slice", "1", "ShardListError", "--slice '1': write i/n"),
         ("--slice", "3/4", "ShardListError", "--slice 3/4: empty, there are only 3 shards"),

@@ -28,10 +28,10 @@ from pseudolabel.shards import write_shard
         (("--steps", 10**30), "RecipeError", "steps: .*less than"),
         (("--lr", "nan"), "RecipeError", "lr: "),
         (("--loss", "kdd"), "SpecError", r"no loss 'kdd' \(did you mean 'kd'\?\); known are kd, hard"),
-        (("--crop", "centre"), "RecipeError", "--crop: Input should be 'pad', 'resized' or 'none'"),
+        (("--crop", "centre"), "RecipeError", "--crop: must be 'pad', 'resized' or 'none'"),
         (("--steps", 3, "--epochs", 1), "RecipeError", "give --steps or --epochs, not both"),
         (("--steps", 0), "RecipeError", "steps: "),
-        (("--channels", 2), "RecipeError", "channels: Input should be 1 or 3"),
+        (("--channels", 2), "RecipeError", "channels: must be 1 or 3"),
         (("--student", "small:resnet9"), "SpecError", r"no small student 'resnet9' \(did you mean 'resnet8'\?\)"),
         (("--student", "resnet8"), "SpecError", "'resnet8' is not a spec"),
         (("--student", "python:json:loads"), "SpecError", "loads\\(\\) .*argument"),
@@ -128,7 +128,7 @@ def test_flags_go_over_a_recipes_train_table(
         ("train = 5", r"has no \[train\] table"),
         ("[[train]]\nsteps = 5", r"has no \[train\] table"),
         ("[data]\nlabeled = 'x'", r"has no \[train\] table"),
-        ("[train]\naugment = 5", r"augment: Input should be a table \(it is 5\)"),
+        ("[train]\naugment = 5", r"augment: must be a table \(it is 5\)"),
         ("[train]\nstep = 5", r"unknown key 'step' \(did you mean 'steps'\?\)"),
         ("[train", "not valid TOML"),
     ],
@@ -156,7 +156,7 @@ def test_a_flag_is_told_as_a_flag_and_a_key_as_a_key(tmp_path: Path, corpus: Pat
     flags = ("--labeled-fraction", 2, "--randaugment", 99)
     code, _, err = invoke(*train, "--recipe", tmp_path / "recipe.toml", *flags)
     assert code == 1
-    for said in ("  batch_size: Input", "  augment.erasing: Input", "  --labeled-fraction: Input", "  --randaugment: "):
+    for said in ("  batch_size: must", "  augment.erasing: must", "  --labeled-fraction: must", "  --randaugment: "):
         assert said in err
     assert "give --steps or --epochs, not both" in invoke(*train, "--steps", 1, "--epochs", 1)[2]
     _, _, err = invoke(*train, *FEW, "--steps", 1, "--labeled-fraction", 1)
