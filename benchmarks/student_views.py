@@ -107,8 +107,8 @@ def online(settings: TrainSettings, scratch: Path, out: Path) -> None:
     save_model(out, card, learner.averaged_body)
 
 
-def prepare(images: Path, scratch: Path, *, quick: bool) -> None:
-    """train/ and test/ shards, a teacher, a store of all its views."""
+def prepare(images: Path, scratch: Path, *, views: int = VIEWS, quick: bool) -> None:
+    """train/ and test/ shards, a teacher, a store of so many of its views."""
     second = next(images / f"{name}-images-idx3-ubyte.gz" for name in ("t10k", "test")
                   if (images / f"{name}-images-idx3-ubyte.gz").exists())  # fmt: skip
     pack(images / "train-images-idx3-ubyte.gz", scratch / "packed")
@@ -118,7 +118,7 @@ def prepare(images: Path, scratch: Path, *, quick: bool) -> None:
     shards = list_shards(scratch / "train")[: 2 if quick else None]
     teacher = TEACHER.model_copy(update={"steps": 20 if quick else 1500})
     train(teacher, scratch / "teacher", labeled=shards, workers=1, threads=1)
-    asked = AnnotateSettings(views=VIEWS, crop_scale=(0.5, 1.0), precision="fp32")
+    asked = AnnotateSettings(views=views, crop_scale=(0.5, 1.0), precision="fp32")
     annotate(shards, f"checkpoint:{scratch / 'teacher'}", scratch / "store", engine=LocalEngine("cpu"), settings=asked)
     for shard in list_shards(scratch / "train"):
         if shard.name not in {one.name for one in shards}:

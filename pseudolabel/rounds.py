@@ -20,7 +20,7 @@ import json
 import os
 import time
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import tomli_w
 
@@ -29,8 +29,8 @@ from pseudolabel.annotate import Progress, annotate
 from pseudolabel.checkpoint import read_card
 from pseudolabel.class_names import read_classes
 from pseudolabel.engines import default_engine
-from pseudolabel.errors import OutputExists, StorageError
-from pseudolabel.evaluate import evaluate
+from pseudolabel.errors import OutputExists
+from pseudolabel.evaluations import Evaluations
 from pseudolabel.image_cache import CacheMode
 from pseudolabel.interfaces import Engine, Teacher, Tracker
 from pseudolabel.labels.store import open_store
@@ -39,7 +39,6 @@ from pseudolabel.recipe import Recipe, differences
 from pseudolabel.run_result import Round, RunResult, table
 from pseudolabel.settings import TrainSettings
 from pseudolabel.shard_lists import Shard, list_shards
-from pseudolabel.shards import shard_sha256
 from pseudolabel.step_times import advice, summary
 from pseudolabel.storage import Location
 from pseudolabel.teachers import parse_teachers
@@ -136,6 +135,7 @@ class _Pipeline:
             watcher.stage("note: val and test share shards: test accuracies are of images that chose the weights")
         self.classes = read_classes(data.classes) if data.classes is not None else None
         self.leaks = known_leaks(data.leaks, watcher.stage)
+        self.evaluations = Evaluations(out / "evaluations", place.device)
 
     @property
     def fingerprint(self) -> str:
@@ -143,7 +143,7 @@ class _Pipeline:
 
     def claim(self) -> None:
         """Write the recipe, or find it. Raises `OutputExists` for another one."""
-        for directory in (self.out, self.out / "evaluations"):
+        for directory in (self.out, self.evaluations.directory):
             storage.remove_stale(directory)
         path = self.out / "recipe.toml"
         if path.exists() and not path.is_file():
@@ -186,7 +186,7 @@ class _Pipeline:
         self.watcher.stage("teacher: evaluating")
         trusted = dict(spec.args).get("trust_code") is True
         val, test = (
-            self._accuracy(name, directory, shards, trust_code=trusted)
+            self.evaluations.accuracy(name, directory, shards, trust_code=trusted)
             for name, shards in (("teacher-val", self.val), ("teacher", self.test))
         )
         card, _ = read_card(directory)
@@ -277,7 +277,7 @@ class _Pipeline:
             student,
             result.parameters,
             result.val_accuracy,
-            self._accuracy(
+            self.evaluations.accuracy(
                 self._name(directory).replace("/", "-"),
                 directory,
                 self.test,
@@ -285,20 +285,6 @@ class _Pipeline:
             ),
             result.seconds,
         )
-
-    def _accuracy(
-        self, name: str, directory: Location, shards: list[Shard] | None, *, trust_code: bool = False
-    ) -> float | None:
-        """Of a model on `shards`; found in evaluations/ if it was measured there before, on the same content."""
-        if shards is None:
-            return None
-        path = self.out / "evaluations" / f"{name}.json"
-        inputs = {"model": read_card(directory)[1], "shards": {shard.name: shard_sha256(shard) for shard in shards}}
-        if (known := _read_evaluation(path, inputs)) is not None:
-            return known
-        found = evaluate(directory, shards, device=self.place.device, trust_code=trust_code)
-        storage.write_atomic(path, json.dumps({**inputs, **asdict(found)}, indent=1) + "\n")
-        return found.accuracy
 
 
 def _done(run: Location) -> str:
@@ -309,12 +295,3 @@ def _as_teacher(run: Location, student: str) -> str:
     """The spec of a run's student as the next teacher. The recipe named its code, so it may run."""
     trust = (("trust_code", True),) if student.startswith("python:") else ()
     return str(specs.Spec("checkpoint", os.fspath(run), trust))
-
-
-def _read_evaluation(path: Location, inputs: dict[str, Any]) -> float | None:
-    """The accuracy in an evaluation of just these inputs."""
-    try:
-        known = json.loads(path.read_text(encoding="utf-8"))
-        return float(known["accuracy"]) if {name: known[name] for name in inputs} == inputs else None
-    except (OSError, StorageError, ValueError, KeyError, TypeError):
-        return None  # none there, or not ours: it is measured anew

@@ -421,9 +421,7 @@ def test_the_command(store: Store, tmp_path: Path, cli: Cli, invoke: Invoke, ref
     refuse(
         "select", *here, "--like", tmp_path / "s", "--min-margin", 0.5, kind="SelectionError", said="--like takes all"
     )
-    refuse(
-        "select", *here, "--min-confidence", 1.5, kind="RecipeError", said="  --min-confidence: must be less"
-    )
+    refuse("select", *here, "--min-confidence", 1.5, kind="RecipeError", said="  --min-confidence: must be less")
     told = "--per-class is about --target-precision, which isn't given"
     refuse("select", *here, "--per-class", kind="RecipeError", said=told)
     for wrong in ("median", 0, "1.5", 1 << 62):
