@@ -42,7 +42,7 @@ from pseudolabel.decoding import DecodedBatch, Decoding, decode_shard
 from pseudolabel.demo import pack_bundled
 from pseudolabel.engines.local import LocalEngine, available_cores
 from pseudolabel.interfaces import LoadedTeacher
-from pseudolabel.labeling import settle
+from pseudolabel.labeling.work import settle
 from pseudolabel.precision import autocast
 from pseudolabel.settings import AnnotateSettings
 from pseudolabel.shard_lists import Shard, list_shards

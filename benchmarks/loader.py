@@ -32,11 +32,11 @@ from torchvision.transforms import v2
 from pseudolabel.annotate import annotate
 from pseudolabel.dataset import TrainingBatches
 from pseudolabel.engines.local import LocalEngine
-from pseudolabel.inputs import TrainingData, gather
 from pseudolabel.labels.encodings import parse_encoding
 from pseudolabel.labels.store import Store, open_store
 from pseudolabel.settings import AnnotateSettings, AugmentSettings
 from pseudolabel.shard_lists import Shard
+from pseudolabel.training.inputs import TrainingData, gather
 from pseudolabel.views.image import Preprocessing, decode
 
 BATCH, ENCODING, SHUFFLED = 256, "topk:5", 1000

@@ -15,7 +15,7 @@ from torch import Tensor
 from pseudolabel.checkpoint import ModelCard, save_model
 from pseudolabel.decoding import DecodedBatch, ShardEnd
 from pseudolabel.demo import bundled
-from pseudolabel.forward import encoded
+from pseudolabel.labeling.forward import encoded
 from pseudolabel.labels.encodings import parse_encoding
 from pseudolabel.labels.part import AnnotatedShard, PartBuilder
 from pseudolabel.labels.store import Store, StoreIdentity, create

@@ -29,7 +29,8 @@ import torch
 
 from pseudolabel.annotate import annotate
 from pseudolabel.demo import pack_bundled
-from pseudolabel.labeling import Progress, annotate_shard, identify, settle
+from pseudolabel.labeling.line import Progress
+from pseudolabel.labeling.work import annotate_shard, identify, settle
 from pseudolabel.labels import schema, store
 from pseudolabel.labels.summary import summarize_store
 from pseudolabel.plan import plan

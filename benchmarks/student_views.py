@@ -35,21 +35,21 @@ from pseudolabel.annotate import annotate
 from pseudolabel.checkpoint import ModelCard, load_model, save_model
 from pseudolabel.dataset import TrainingBatches
 from pseudolabel.demo import bundled
-from pseudolabel.distributed import Team
 from pseudolabel.engines.local import LocalEngine
 from pseudolabel.evaluate import evaluate
-from pseudolabel.inputs import gather
 from pseudolabel.labels.encodings import Dense
 from pseudolabel.labels.store import open_store
 from pseudolabel.labels.targets import StoredTargets
-from pseudolabel.learner import Learner
-from pseudolabel.optim import learning_rate
 from pseudolabel.pack import pack
 from pseudolabel.settings import AnnotateSettings, TrainSettings
 from pseudolabel.shard_lists import list_shards
-from pseudolabel.step_times import StepTimes
 from pseudolabel.train import train
-from pseudolabel.training_setup import preprocessing_of
+from pseudolabel.training.distributed import Team
+from pseudolabel.training.inputs import gather
+from pseudolabel.training.learner import Learner
+from pseudolabel.training.optim import learning_rate
+from pseudolabel.training.setup import preprocessing_of
+from pseudolabel.training.step_times import StepTimes
 
 VIEWS = 17  # the clean one and sixteen
 TEACHER = TrainSettings(student="small:resnet14?width=16&stem_stride=2", image_size=28, channels=1, lr=8e-3)

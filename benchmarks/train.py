@@ -38,12 +38,10 @@ from pseudolabel.checkpoint import ModelCard
 from pseudolabel.dataset import Batch
 from pseudolabel.demo import bundled
 from pseudolabel.engines.local import LocalEngine, available_cores
-from pseudolabel.inputs import TrainingData, gather
 from pseudolabel.interfaces import LoadedTeacher
 from pseudolabel.labels.encodings import Dense
 from pseudolabel.labels.store import open_store
 from pseudolabel.labels.targets import StoredTargets
-from pseudolabel.loop import TrainingLoop
 from pseudolabel.pack import pack
 from pseudolabel.rundir import RunDirectory
 from pseudolabel.settings import AnnotateSettings, AugmentSettings, TrainSettings
@@ -51,7 +49,9 @@ from pseudolabel.shard_lists import Shard, list_shards
 from pseudolabel.shards import write_shard
 from pseudolabel.storage.mirror import Mirror
 from pseudolabel.teachers import parse_teacher
-from pseudolabel.training_setup import Training, preprocessing_of
+from pseudolabel.training.inputs import TrainingData, gather
+from pseudolabel.training.loop import TrainingLoop
+from pseudolabel.training.setup import Training, preprocessing_of
 
 ENCODINGS = ("dense", "topk:5")
 PHOTOS_A_SHARD = 250

@@ -19,13 +19,14 @@ from dataclasses import asdict, dataclass
 import torch
 
 from pseudolabel import storage
-from pseudolabel.batch_size import choose_batch_size
+from pseudolabel.classes.space import how_classes_differ, named_beside
 from pseudolabel.engines import default_engine
 from pseudolabel.errors import PseudolabelError, ShardListError, SpecError, StoreMismatch, TooManyRejects
 from pseudolabel.failures import Failures
 from pseudolabel.interfaces import Engine, LoadedTeacher, Teacher
-from pseudolabel.label_space import how_classes_differ, named_beside
-from pseudolabel.labeling import AnnotateWork, Progress, annotate_shard, identify, settle
+from pseudolabel.labeling.batch_size import choose_batch_size
+from pseudolabel.labeling.line import Progress
+from pseudolabel.labeling.work import AnnotateWork, annotate_shard, identify, settle
 from pseudolabel.labels import store
 from pseudolabel.labels.footers import WORTH_IT, read_footers
 from pseudolabel.labels.schema import PartInfo

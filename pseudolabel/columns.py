@@ -6,7 +6,7 @@ import csv
 from pathlib import Path
 from typing import Any
 
-from pseudolabel.class_numbers import MAX_CLASSES
+from pseudolabel.classes.numbers import MAX_CLASSES
 from pseudolabel.errors import SourceError
 
 

@@ -14,17 +14,17 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from pseudolabel.errors import PseudolabelError
-from pseudolabel.image_cache import CacheMode, ImageCache, Stream, keep_images
-from pseudolabel.inputs import TrainingData
 from pseudolabel.labels.encodings import parse_encoding
 from pseudolabel.labels.targets import StoredTargets
-from pseudolabel.order import derive_seeds
 from pseudolabel.replay import open_replay
 from pseudolabel.settings import AugmentSettings
-from pseudolabel.student_views import VIEW_COLUMNS, Augmented, Replayed
-from pseudolabel.training_rows import WEIGHT, Rows
+from pseudolabel.training.image_cache import CacheMode, ImageCache, Stream, keep_images
+from pseudolabel.training.inputs import TrainingData
+from pseudolabel.training.order import derive_seeds
+from pseudolabel.training.rows import WEIGHT, Rows
+from pseudolabel.training.views import VIEW_COLUMNS, Augmented, Replayed
+from pseudolabel.training.world import ALONE, World
 from pseudolabel.views.image import Preprocessing
-from pseudolabel.world import ALONE, World
 
 
 @dataclass(frozen=True)

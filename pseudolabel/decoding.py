@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from pseudolabel.class_numbers import read_class
+from pseudolabel.classes.numbers import read_class
 from pseudolabel.errors import DamagedShard, StorageError
 from pseudolabel.shard_lists import Shard
 from pseudolabel.shards import ShardFile

@@ -11,11 +11,11 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
     from pseudolabel.calibration.calibrate import CalibrateResult
-    from pseudolabel.labeling import Progress as AnnotateProgress
-    from pseudolabel.loop import TrainProgress
+    from pseudolabel.labeling.line import Progress as AnnotateProgress
     from pseudolabel.plan import Plan
     from pseudolabel.selection.select import SelectResult
     from pseudolabel.shard_lists import Shard
+    from pseudolabel.training.loop import TrainProgress
 
 _FEW_STEPS = 100
 _QUIET_SECONDS = 10.0  # without a terminal, a line this often

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from pseudolabel.checkpoint import load_model
+from pseudolabel.classes.space import check_names
 from pseudolabel.errors import StoreMismatch
-from pseudolabel.inputs import check_annotated, check_labeled
-from pseudolabel.label_space import check_names
 from pseudolabel.labels.store import Store, open_store
 from pseudolabel.shard_lists import Shard, ShardsLike, as_shards
-from pseudolabel.validate import labeled_batches
+from pseudolabel.training.inputs import check_annotated, check_labeled
+from pseudolabel.training.validate import labeled_batches
 
 ECE_BINS = 15
 

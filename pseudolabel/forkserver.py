@@ -16,7 +16,7 @@ import tempfile
 from multiprocessing.context import ForkServerContext
 
 # pandas, where it is installed: pyarrow imports it with the first array it makes
-_PRELOADED = ["pseudolabel.labeling", "pseudolabel.dataset", "pandas"]
+_PRELOADED = ["pseudolabel.labeling.work", "pseudolabel.dataset", "pandas"]
 _LONGEST = 60  # bytes of TMPDIR: a socket's path has at most 107, and multiprocessing adds up to 40
 
 

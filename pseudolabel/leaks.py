@@ -26,7 +26,7 @@ from pseudolabel.duplicates.work import LookWork, SearchWork, Seen
 from pseudolabel.engines import default_engine
 from pseudolabel.errors import DamagedShard, ShardListError, SpecError
 from pseudolabel.interfaces import Engine
-from pseudolabel.labeling import Progress
+from pseudolabel.labeling.line import Progress
 from pseudolabel.outputs import check_output
 from pseudolabel.shard_lists import Shard, ShardsLike, as_shards
 

@@ -27,24 +27,24 @@ import tomli_w
 from pseudolabel import specs, storage
 from pseudolabel.annotate import Progress, annotate
 from pseudolabel.checkpoint import read_card
-from pseudolabel.class_names import read_classes
+from pseudolabel.classes.names import read_classes
 from pseudolabel.engines import default_engine
 from pseudolabel.errors import OutputExists
 from pseudolabel.evaluations import Evaluations
-from pseudolabel.image_cache import CacheMode
 from pseudolabel.interfaces import Engine, Teacher, Tracker
 from pseudolabel.labels.store import open_store
-from pseudolabel.loop import TrainProgress
 from pseudolabel.recipe import Recipe, differences
 from pseudolabel.run_result import Round, RunResult, table
 from pseudolabel.settings import TrainSettings
 from pseudolabel.shard_lists import Shard, list_shards
-from pseudolabel.step_times import advice, summary
 from pseudolabel.storage import Location
 from pseudolabel.teachers import parse_teachers
-from pseudolabel.tracking import grouped
 from pseudolabel.train import TrainResult, train
-from pseudolabel.training_setup import check_before_annotating
+from pseudolabel.training.image_cache import CacheMode
+from pseudolabel.training.loop import TrainProgress
+from pseudolabel.training.setup import check_before_annotating
+from pseudolabel.training.step_times import advice, summary
+from pseudolabel.training.tracking import grouped
 from pseudolabel.trusting import Trust, known_leaks, needs_evidence, settle_trust
 
 

@@ -20,19 +20,19 @@ import torch
 from pseudolabel import storage
 from pseudolabel.calibration import Calibration
 from pseudolabel.checkpoint import save_model
-from pseudolabel.distributed import Team
-from pseudolabel.image_cache import CacheMode
 from pseudolabel.interfaces import Tracker
 from pseudolabel.labels.store import Store
-from pseudolabel.loop import LOG_EVERY, TrainingLoop, TrainProgress
 from pseudolabel.precision import slow_here
 from pseudolabel.rundir import RunDirectory
 from pseudolabel.selection import Selection
 from pseudolabel.settings import TrainSettings
 from pseudolabel.shard_lists import ShardsLike
-from pseudolabel.starting import check_not_replaced
-from pseudolabel.tracking import Tracking
-from pseudolabel.training_setup import set_up
+from pseudolabel.training.distributed import Team
+from pseudolabel.training.image_cache import CacheMode
+from pseudolabel.training.loop import LOG_EVERY, TrainingLoop, TrainProgress
+from pseudolabel.training.setup import set_up
+from pseudolabel.training.starting import check_not_replaced
+from pseudolabel.training.tracking import Tracking
 
 
 @dataclass(frozen=True)

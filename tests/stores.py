@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pseudolabel.decoding import DecodedBatch, ShardEnd
-from pseudolabel.forward import encoded
+from pseudolabel.labeling.forward import encoded
 from pseudolabel.labels.encodings import parse_encoding
 from pseudolabel.labels.part import PartBuilder
 from pseudolabel.labels.store import Store, StoreIdentity, create

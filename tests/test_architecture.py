@@ -22,7 +22,7 @@ VERBS = {
     "labels.summary",
     "labels.query",
     "labels.histograms",
-    "reannotate",
+    "labeling.reannotate",
 }
 VERBS |= {"calibration.calibrate", "selection.select", "leaks"}
 VERBS |= {name for name in MODULES if name.split(".")[0] == "plan"}

@@ -15,7 +15,7 @@ from small_models import CPU, named_model
 
 from pseudolabel.checkpoint import ModelCard, load_model, save_model
 from pseudolabel.errors import DamagedModel
-from pseudolabel.labeling import identify
+from pseudolabel.labeling.work import identify
 from pseudolabel.settings import AnnotateSettings
 from pseudolabel.teachers import parse_teacher
 from pseudolabel.views.image import square

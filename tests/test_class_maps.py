@@ -14,7 +14,7 @@ from small_models import CPU, logits_of
 from small_teachers import IMAGENET, IMAGES, noise, write_onnx
 
 from pseudolabel.annotate import annotate
-from pseudolabel.class_map import read_class_map
+from pseudolabel.classes.map import read_class_map
 from pseudolabel.errors import SpecError, StoreMismatch
 from pseudolabel.labels.store import open_store
 from pseudolabel.teachers import parse_teacher, parse_teachers

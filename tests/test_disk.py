@@ -18,7 +18,6 @@ from pseudolabel.engines.local import LocalEngine
 from pseudolabel.errors import StorageError
 from pseudolabel.labels.store import open_store
 from pseudolabel.labels.verify import verify
-from pseudolabel.loop import TrainProgress
 from pseudolabel.pack import pack
 from pseudolabel.rundir import read_metrics
 from pseudolabel.settings import AnnotateSettings, TrainSettings
@@ -27,6 +26,7 @@ from pseudolabel.shards import write_shard
 from pseudolabel.teachers import parse_teacher
 from pseudolabel.trackers import parse_tracker
 from pseudolabel.train import train
+from pseudolabel.training.loop import TrainProgress
 
 
 @pytest.fixture

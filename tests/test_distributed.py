@@ -22,10 +22,8 @@ from hypothesis import strategies as st
 
 from pseudolabel.cli.options import training_place
 from pseudolabel.dataset import Batch, TrainingBatches
-from pseudolabel.distributed import Team
 from pseudolabel.engines.local import available_cores
 from pseudolabel.errors import LaunchError
-from pseudolabel.inputs import TrainingData, check_annotated, check_labeled
 from pseudolabel.labels.encodings import Dense
 from pseudolabel.labels.store import open_store
 from pseudolabel.labels.targets import StoredTargets
@@ -35,8 +33,10 @@ from pseudolabel.settings import AugmentSettings, TrainSettings
 from pseudolabel.shard_lists import list_shards
 from pseudolabel.shards import write_shard
 from pseudolabel.train import train
+from pseudolabel.training.distributed import Team
+from pseudolabel.training.inputs import TrainingData, check_annotated, check_labeled
+from pseudolabel.training.world import World, starts_again, world_from_environment
 from pseudolabel.views.image import square
-from pseudolabel.world import World, starts_again, world_from_environment
 
 SETTINGS = TrainSettings(
     student="python:small_models:grouped",

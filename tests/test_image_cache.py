@@ -16,9 +16,9 @@ from conftest import image_bytes
 from torch import Tensor
 
 from pseudolabel.errors import SpecError, WorkerDied
-from pseudolabel.image_cache import Stream, keep_images
-from pseudolabel.inputs import TrainingData, gather
 from pseudolabel.shard_lists import list_shards
+from pseudolabel.training.image_cache import Stream, keep_images
+from pseudolabel.training.inputs import TrainingData, gather
 
 
 @dataclass(frozen=True)
@@ -62,16 +62,16 @@ def test_images_that_grow_are_refused_or_left_out(
     if where == "_free_shared_memory" and not workers:
         pytest.skip("needs none")
     stream = Stream(growing.labeled, True, Decoded(), uses=5)
-    monkeypatch.setattr(f"pseudolabel.image_cache.{where}", lambda: 10_000)
+    monkeypatch.setattr(f"pseudolabel.training.image_cache.{where}", lambda: 10_000)
     with pytest.raises(SpecError, match=r"--cache ram: the decoded images would take about .* kB, free are 10 kB"):
         keep_images([stream], growing, "ram", workers=workers, on_note=pytest.fail)
-    monkeypatch.setattr(f"pseudolabel.image_cache.{where}", lambda: 40_000)
+    monkeypatch.setattr(f"pseudolabel.training.image_cache.{where}", lambda: 40_000)
     assert keep_images([stream], growing, "auto", workers=workers, on_note=pytest.fail) == [None]
 
 
 def test_shared_memory_that_another_takes_meanwhile(growing: TrainingData, monkeypatch: pytest.MonkeyPatch) -> None:
     free = iter([10**9, 10_000] * 2)
-    monkeypatch.setattr("pseudolabel.image_cache._free_shared_memory", lambda: next(free))
+    monkeypatch.setattr("pseudolabel.training.image_cache._free_shared_memory", lambda: next(free))
     stream = Stream(growing.labeled, True, Decoded(), uses=5)
     with pytest.raises(SpecError, match="--cache ram: the decoded images would take about"):
         keep_images([stream], growing, "ram", workers=1, on_note=pytest.fail)

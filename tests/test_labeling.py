@@ -20,7 +20,7 @@ from pseudolabel.decode_processes import decode_in_processes
 from pseudolabel.decoding import DecodedBatch, Decoding, decode_shard, decode_shards
 from pseudolabel.engines.local import LocalEngine
 from pseudolabel.errors import DamagedShard, OutOfMemory, SpecError, StorageError, StoreMismatch
-from pseudolabel.labeling import annotate_shard, identify, settle
+from pseudolabel.labeling.work import annotate_shard, identify, settle
 from pseudolabel.labels.store import open_store
 from pseudolabel.labels.verify import verify
 from pseudolabel.replay import replay

@@ -18,22 +18,22 @@ from torch._inductor import config as inductor
 from pseudolabel.annotate import annotate
 from pseudolabel.checkpoint import ModelCard
 from pseudolabel.dataset import Batch, TrainingBatches
-from pseudolabel.distributed import Team
 from pseudolabel.engines.local import LocalEngine
 from pseudolabel.errors import LabelError, SpecError
-from pseudolabel.inputs import TrainingData, gather
-from pseudolabel.label_balance import label_loss
 from pseudolabel.labels.encodings import Dense, TopK
 from pseudolabel.labels.targets import StoredTargets
-from pseudolabel.learner import Learner
 from pseudolabel.losses import NO_LABEL, Mixture
 from pseudolabel.losses.full import FullTargets
-from pseudolabel.mixing import Mix, draw_mix, partners
-from pseudolabel.order import BalancedOrder
 from pseudolabel.settings import AugmentSettings, TrainSettings
 from pseudolabel.shard_lists import list_shards
-from pseudolabel.step_times import STEP_STAGES, StepTimes, advice, summary
 from pseudolabel.train import train
+from pseudolabel.training.distributed import Team
+from pseudolabel.training.inputs import TrainingData, gather
+from pseudolabel.training.label_balance import label_loss
+from pseudolabel.training.learner import Learner
+from pseudolabel.training.mixing import Mix, draw_mix, partners
+from pseudolabel.training.order import BalancedOrder
+from pseudolabel.training.step_times import STEP_STAGES, StepTimes, advice, summary
 from pseudolabel.views.image import square
 
 CPU = torch.device("cpu")

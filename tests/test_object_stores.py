@@ -22,12 +22,12 @@ from pseudolabel.engines.local import LocalEngine
 from pseudolabel.errors import DamagedShard, OutputExists, ShardListError, StorageError, StoreMismatch
 from pseudolabel.labels.footers import read_footers
 from pseudolabel.labels.store import Store, open_store
-from pseudolabel.loop import TrainProgress
 from pseudolabel.rundir import read_metrics
 from pseudolabel.settings import TrainSettings
 from pseudolabel.shard_lists import list_shards
 from pseudolabel.shards import write_shard
 from pseudolabel.storage import asking
+from pseudolabel.training.loop import TrainProgress
 
 
 def put_all(directory: Path, url: str) -> None:

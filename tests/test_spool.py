@@ -16,7 +16,7 @@ from object_stores import web_server
 
 from pseudolabel import storage
 from pseudolabel.errors import DamagedShard, StorageError
-from pseudolabel.labeling import annotate_shard
+from pseudolabel.labeling.work import annotate_shard
 from pseudolabel.settings import AnnotateSettings
 from pseudolabel.shard_lists import Shard
 from pseudolabel.shards import Fetcher, ShardFile, fetched_ahead, shard_sha256, write_shard

@@ -14,7 +14,7 @@ from pseudolabel import annotate, failures
 from pseudolabel.display import Display
 from pseudolabel.engines.local import LocalEngine
 from pseudolabel.errors import StorageError
-from pseudolabel.labeling import Progress
+from pseudolabel.labeling.line import Progress
 from pseudolabel.labels.store import open_store
 from pseudolabel.shards import write_shard
 from pseudolabel.storage import asking

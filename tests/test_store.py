@@ -17,7 +17,7 @@ from stores import known, write_store
 
 from pseudolabel import storage
 from pseudolabel.errors import DamagedPart, StorageError, StoreError, StoreMismatch
-from pseudolabel.labeling import annotate_shard, identify
+from pseudolabel.labeling.work import annotate_shard, identify
 from pseudolabel.labels import schema, store
 from pseudolabel.labels.store import Store, StoreIdentity
 from pseudolabel.labels.summary import summarize_store

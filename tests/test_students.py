@@ -24,12 +24,12 @@ from torchvision.models import get_model, get_model_weights
 from pseudolabel import storage
 from pseudolabel.checkpoint import ModelCard, load_model, save_model
 from pseudolabel.errors import DamagedModel, OutputExists, SpecError
-from pseudolabel.loop import TrainProgress
 from pseudolabel.settings import TrainSettings
-from pseudolabel.starting import find_start, start_from
 from pseudolabel.students import parse_student
 from pseudolabel.train import TrainResult, train
-from pseudolabel.training_setup import preprocessing_of
+from pseudolabel.training.loop import TrainProgress
+from pseudolabel.training.setup import preprocessing_of
+from pseudolabel.training.starting import find_start, start_from
 from pseudolabel.views.image import square
 
 SMALL = TrainSettings(student="small:resnet8?width=4", image_size=12, channels=1, steps=2, batch_size=8, eval_every=1)

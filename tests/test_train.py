@@ -21,20 +21,20 @@ from pseudolabel.dataset import TrainingBatches, split_batch
 from pseudolabel.engines.local import LocalEngine
 from pseudolabel.errors import Diverged, LabelError, OutputExists, SpecError, StoreMismatch
 from pseudolabel.evaluate import evaluate
-from pseudolabel.image_cache import CacheMode
-from pseudolabel.inputs import TrainingData, check_annotated, check_labeled, gather
 from pseudolabel.labels.encodings import parse_encoding
 from pseudolabel.labels.store import Store, open_store
 from pseudolabel.layout import training_layout
 from pseudolabel.losses import NO_LABEL
-from pseudolabel.optim import learning_rate
-from pseudolabel.order import RowOrder
 from pseudolabel.settings import AnnotateSettings, AugmentSettings, TrainSettings
 from pseudolabel.shard_lists import list_shards
 from pseudolabel.shards import write_shard
 from pseudolabel.students import build_student
 from pseudolabel.teachers import parse_teacher
 from pseudolabel.train import TrainResult, train
+from pseudolabel.training.image_cache import CacheMode
+from pseudolabel.training.inputs import TrainingData, check_annotated, check_labeled, gather
+from pseudolabel.training.optim import learning_rate
+from pseudolabel.training.order import RowOrder
 from pseudolabel.views.image import square
 
 SMALL = TrainSettings(student="small:resnet8?width=4", image_size=12, channels=1, steps=12, batch_size=16, eval_every=4)

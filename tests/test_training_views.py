@@ -19,7 +19,6 @@ from pseudolabel.checkpoint import load_model
 from pseudolabel.dataset import Batch, TrainingBatches
 from pseudolabel.engines.local import LocalEngine
 from pseudolabel.errors import SpecError, StoreMismatch
-from pseudolabel.inputs import TrainingData, gather
 from pseudolabel.labels.store import Store, open_store
 from pseudolabel.replay import open_replay
 from pseudolabel.selection import open_selection
@@ -27,8 +26,9 @@ from pseudolabel.selection.select import select
 from pseudolabel.settings import AnnotateSettings, AugmentSettings, SelectSettings, TrainSettings
 from pseudolabel.shard_lists import list_shards
 from pseudolabel.shards import read_samples
-from pseudolabel.student_views import Augmented, random_boxes
 from pseudolabel.train import train
+from pseudolabel.training.inputs import TrainingData, gather
+from pseudolabel.training.views import Augmented, random_boxes
 from pseudolabel.uniforms import uniforms
 from pseudolabel.views.image import square
 
@@ -174,7 +174,7 @@ def test_auto_keeps_what_is_used_twice(data: TrainingData) -> None:
 
 
 def test_what_does_not_fit_is_refused_or_left_out(data: TrainingData, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pseudolabel.image_cache._free_memory", lambda: 10_000)
+    monkeypatch.setattr("pseudolabel.training.image_cache._free_memory", lambda: 10_000)
     batches = _batches(data)
     with pytest.raises(SpecError, match=r"--cache ram: .* about 14 kB, free are 10 kB; use --cache off or auto"):
         batches.keep_images("ram", workers=0, on_note=pytest.fail)

@@ -19,7 +19,6 @@ from pseudolabel.dataset import TrainingBatches
 from pseudolabel.duplicates.ledger import Leak, write_leaks
 from pseudolabel.engines.local import LocalEngine
 from pseudolabel.errors import LabelError, OutputExists, SelectionError, SpecError, StoreMismatch
-from pseudolabel.inputs import gather
 from pseudolabel.labels.encodings import Dense, TopK, parse_encoding
 from pseudolabel.labels.store import Store, open_store
 from pseudolabel.labels.targets import StoredTargets
@@ -32,6 +31,7 @@ from pseudolabel.settings import AnnotateSettings, AugmentSettings, SelectSettin
 from pseudolabel.shard_lists import Shard, list_shards
 from pseudolabel.shards import shard_sha256
 from pseudolabel.train import train
+from pseudolabel.training.inputs import gather
 from pseudolabel.views.image import square
 
 SHORT = TrainSettings(student="small:resnet8?width=4", image_size=12, channels=1, steps=4, batch_size=8, eval_every=4)

@@ -21,7 +21,7 @@ from pseudolabel import verify
 from pseudolabel.checkpoint import ModelCard, save_model
 from pseudolabel.errors import DamagedPart, SpecError, StoreError, StoreMismatch
 from pseudolabel.interfaces import Teacher
-from pseudolabel.labeling import annotate_shard, identify
+from pseudolabel.labeling.work import annotate_shard, identify
 from pseudolabel.labels import schema, store
 from pseudolabel.labels.store import open_store
 from pseudolabel.labels.verify import _Checking

@@ -13,7 +13,7 @@ from conftest import make_model
 from viewing import CPU
 
 from pseudolabel.errors import RecipeError, StoreError
-from pseudolabel.labeling import identify
+from pseudolabel.labeling.work import identify
 from pseudolabel.labels.store import open_store
 from pseudolabel.recipe import validate
 from pseudolabel.settings import AnnotateSettings

@@ -27,8 +27,7 @@ from pseudolabel.annotate import annotate
 from pseudolabel.engines.local import LocalEngine
 from pseudolabel.errors import SpecError, StoreMismatch
 from pseudolabel.evaluate import evaluate
-from pseudolabel.inputs import check_annotated
-from pseudolabel.labeling import annotate_shard
+from pseudolabel.labeling.work import annotate_shard
 from pseudolabel.labels.store import StoreIdentity, open_store
 from pseudolabel.labels.summary import summarize_store
 from pseudolabel.labels.verify import verify
@@ -38,6 +37,7 @@ from pseudolabel.shard_lists import Shard, list_shards
 from pseudolabel.shards import write_shard
 from pseudolabel.teachers import parse_teacher, parse_teachers
 from pseudolabel.train import train
+from pseudolabel.training.inputs import check_annotated
 from pseudolabel.views.augment import apply_view, library_versions, preprocessings
 from pseudolabel.views.draw import View, draw_view
 from pseudolabel.views.image import decode, resize, square

@@ -11,10 +11,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from pseudolabel.loop import TrainProgress
 from pseudolabel.settings import TrainSettings
 from pseudolabel.trackers import parse_tracker
 from pseudolabel.train import train
+from pseudolabel.training.loop import TrainProgress
 
 SMALL = TrainSettings(student="small:resnet8?width=4", image_size=12, channels=1, steps=6, batch_size=8, eval_every=2)
 

@@ -19,7 +19,7 @@ import typer
 
 from pseudolabel.allocator import keep_freed_memory
 from pseudolabel.errors import LaunchError, PseudolabelError
-from pseudolabel.world import started_together, starts_again
+from pseudolabel.training.world import started_together, starts_again
 
 _OPEN_FILES = 1 << 16
 _TOGETHER = ("train",)  # what several processes can do together
@@ -141,7 +141,7 @@ def _tell(kind: str, message: str, *, as_json: bool) -> None:
 def _let_one_tell(code: int) -> None:
     """Of several processes the first to fail tells why; any other ends here."""
     if started_together():
-        from pseudolabel.distributed import first_to_fail
+        from pseudolabel.training.distributed import first_to_fail
 
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which the launcher sends when another has ended
         if not first_to_fail():

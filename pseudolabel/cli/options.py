@@ -11,7 +11,7 @@ import typer
 
 from pseudolabel.errors import LaunchError, RecipeError
 from pseudolabel.settings import AnnotateSettings, AugmentSettings, Settings, TrainSettings
-from pseudolabel.world import ALONE, World
+from pseudolabel.training.world import ALONE, World
 
 Shards = Annotated[list[str], typer.Argument(metavar="SHARDS...", help="directory, glob, brace range or @list.txt")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps")]

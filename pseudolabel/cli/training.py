@@ -28,7 +28,7 @@ from pseudolabel.cli.options import (
 from pseudolabel.display import Display, print_confusion, print_pairs
 from pseudolabel.forkserver import fork_server
 from pseudolabel.settings import AugmentSettings, TrainSettings
-from pseudolabel.world import world_from_environment
+from pseudolabel.training.world import world_from_environment
 
 
 @command
@@ -142,14 +142,14 @@ def train(
         fork_server()
     import torch
 
-    from pseudolabel.class_names import read_classes
-    from pseudolabel.distributed import joined
+    from pseudolabel.classes.names import read_classes
     from pseudolabel.labels.store import open_store
     from pseudolabel.shard_lists import list_shards
-    from pseudolabel.step_times import advice, summary
     from pseudolabel.storage import location
     from pseudolabel.trackers import parse_tracker
     from pseudolabel.train import train
+    from pseudolabel.training.distributed import joined
+    from pseudolabel.training.step_times import advice, summary
 
     trackers = [parse_tracker(one) for one in tracker or ()] if world.first else []
     finished = not overwrite and (location(out) / "run.json").exists()

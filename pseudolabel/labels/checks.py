@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pseudolabel.class_numbers import read_class
+from pseudolabel.classes.numbers import read_class
 from pseudolabel.errors import DamagedPart, StoreMismatch
 from pseudolabel.interfaces import Encoding
 from pseudolabel.labels import schema

@@ -44,7 +44,7 @@ from pseudolabel.shards import ShardFile
 from pseudolabel.storage import Location
 
 if TYPE_CHECKING:
-    from pseudolabel.reannotate import Reannotation
+    from pseudolabel.labeling.reannotate import Reannotation
 
 TOLERANCE = 0.01
 """Nats of KL(stored ‖ made again) that a row may have. The bundled teacher's images under bf16 stay within 0.002 of
@@ -115,7 +115,7 @@ def verify(
     stored_fields(store.identity)  # or else no part can be checked
     again: Reannotation | None = None
     if teacher is not None:
-        from pseudolabel.reannotate import Reannotation  # with all that decodes images: seconds
+        from pseudolabel.labeling.reannotate import Reannotation  # with all that decodes images: seconds
 
         again = Reannotation(store, teacher, share=sample, seed=seed, tolerance=tolerance, device=device)
     checking = _Checking(store, by_name, again)

@@ -23,7 +23,7 @@ from torch import Tensor
 from pseudolabel import storage
 from pseudolabel.errors import SpecError, StorageError, StoreMismatch
 from pseudolabel.interfaces import Encoding, Engine, Teacher
-from pseudolabel.labeling import identify, settle
+from pseudolabel.labeling.work import identify, settle
 from pseudolabel.labels.encodings import Dense, TopK, parse_encoding
 from pseudolabel.labels.facts import divergence
 from pseudolabel.labels.tensors import to_torch

@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 
 from pseudolabel import storage
-from pseudolabel.batch_size import choose_batch_size
 from pseudolabel.engines import default_engine
 from pseudolabel.errors import StoreMismatch
 from pseudolabel.estimates import makespan
 from pseudolabel.interfaces import Engine, Teacher
-from pseudolabel.labeling import identify, settle
+from pseudolabel.labeling.batch_size import choose_batch_size
+from pseudolabel.labeling.work import identify, settle
 from pseudolabel.labels.store import Store, StoreIdentity, open_store
 from pseudolabel.plan.auto import choose_encoding
 from pseudolabel.plan.census import Census, take_census

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pseudolabel.interfaces import Engine, Teacher
-from pseudolabel.labeling import AnnotateWork
+from pseudolabel.labeling.work import AnnotateWork
 from pseudolabel.labels import store
 from pseudolabel.labels.schema import PartInfo
 from pseudolabel.labels.store import Store, StoreIdentity

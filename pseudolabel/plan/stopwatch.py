@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 
-from pseudolabel.labeling import AnnotateWork, Progress
+from pseudolabel.labeling.line import Progress
+from pseudolabel.labeling.work import AnnotateWork
 from pseudolabel.shard_lists import Shard
 
 _BATCHES_A_WORKER = 3  # at the least, in a window that is long enough

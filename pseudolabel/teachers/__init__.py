@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pseudolabel import specs
-from pseudolabel.class_map import ClassMap, MappedTeacher, read_class_map
+from pseudolabel.classes.map import ClassMap, MappedTeacher, read_class_map
 from pseudolabel.errors import SpecError
 from pseudolabel.interfaces import Teacher
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from pseudolabel import specs
-from pseudolabel.class_names import parse_names, read_lines
+from pseudolabel.classes.names import parse_names, read_lines
 from pseudolabel.errors import SpecError
 from pseudolabel.specs import SIDES, Spec
 from pseudolabel.views.image import Normalize, Preprocessing

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from pseudolabel import specs
-from pseudolabel.class_names import read_lines
+from pseudolabel.classes.names import read_lines
 from pseudolabel.classifier import Classifier, make_classifier
 from pseudolabel.errors import SpecError
 from pseudolabel.specs import Spec

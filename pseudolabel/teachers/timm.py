@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from pseudolabel import specs
-from pseudolabel.class_names import usual_spelling
+from pseudolabel.classes.names import usual_spelling
 from pseudolabel.classifier import Classifier, make_classifier
 from pseudolabel.errors import SpecError
 from pseudolabel.specs import CLASSES, Spec

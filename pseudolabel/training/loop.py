@@ -14,17 +14,17 @@ from torch.utils.data import DataLoader
 
 from pseudolabel.checkpoint import load_state, load_tensors, save_state
 from pseudolabel.dataset import Batch, CarriedErrors, TrainingBatches
-from pseudolabel.distributed import State, Team
 from pseudolabel.errors import Diverged, PseudolabelError
 from pseudolabel.forkserver import fork_server
-from pseudolabel.image_cache import CacheMode
-from pseudolabel.learner import Learner
-from pseudolabel.optim import learning_rate
 from pseudolabel.processes import LOOK_EVERY, explained_loader_deaths, helper_start, wait_for
 from pseudolabel.rundir import RunDirectory
-from pseudolabel.step_times import StepTimes
-from pseudolabel.tracking import Tracking
-from pseudolabel.training_setup import Training
+from pseudolabel.training.distributed import State, Team
+from pseudolabel.training.image_cache import CacheMode
+from pseudolabel.training.learner import Learner
+from pseudolabel.training.optim import learning_rate
+from pseudolabel.training.setup import Training
+from pseudolabel.training.step_times import StepTimes
+from pseudolabel.training.tracking import Tracking
 
 LOG_EVERY = 20
 _STATE = ("model", "best", "optimizer", "average")

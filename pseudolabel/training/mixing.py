@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pseudolabel.order import derive_seeds
 from pseudolabel.settings import TrainSettings
+from pseudolabel.training.order import derive_seeds
 
 
 @dataclass(frozen=True)

@@ -30,9 +30,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pseudolabel.errors import OtherLabels, SpecError, StoreMismatch
-from pseudolabel.forward import Forward
 from pseudolabel.interfaces import Encoding, Teacher
-from pseudolabel.labeling import annotate_samples, identify, settle
+from pseudolabel.labeling.forward import Forward
+from pseudolabel.labeling.work import annotate_samples, identify, settle
 from pseudolabel.labels.encodings import Dense, parse_encoding
 from pseudolabel.labels.store import Store, StoreIdentity, differences
 from pseudolabel.settings import AnnotateSettings

@@ -29,7 +29,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from pseudolabel.errors import LaunchError, WorkerDied
 from pseudolabel.processes import end_with_launcher
-from pseudolabel.world import ALONE, World
+from pseudolabel.training.world import ALONE, World
 
 _TIMEOUT = timedelta(minutes=30)  # for one answer of the others; the longest wait is for the slowest to check its input
 _JOIN_SECONDS = 600.0

@@ -13,62 +13,41 @@ and a thread that hashes each shard, and one that builds and writes parts.
 
 from __future__ import annotations
 
-import os
-from collections import deque
 from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 
 from pseudolabel.decode_processes import decode_in_processes, decoding_processes
 from pseudolabel.decoding import (
-    DecodedBatch,
     Decoding,
     Prepare,
     ShardEnd,
-    Unread,
     ahead,
     decode_samples,
     decode_shard,
     decode_shards,
 )
-from pseudolabel.errors import DamagedShard, SpecError, StorageError
-from pseudolabel.forward import Forward, UnderWay, member_fields
+from pseudolabel.errors import SpecError
 from pseudolabel.interfaces import LoadedTeacher, Teacher
+from pseudolabel.labeling.forward import Forward, member_fields
+from pseudolabel.labeling.line import Entry, Line, Progress, started
 from pseudolabel.labels import store
 from pseudolabel.labels.encodings import parse_encoding
 from pseudolabel.labels.part import AnnotatedShard, PartBuilder
-from pseudolabel.labels.store import Store, StoreIdentity
+from pseudolabel.labels.store import StoreIdentity
 from pseudolabel.precision import resolve_precision
 from pseudolabel.settings import AnnotateSettings
 from pseudolabel.shard_lists import Shard
 from pseudolabel.shards import ShardFile, fetched_ahead
 from pseudolabel.stages import Stages
 from pseudolabel.views.augment import ViewPlan, preprocessings
-from pseudolabel.views.draw import row_seeds
 from pseudolabel.views.image import PrepareFor
 from pseudolabel.views.photometric import parse_policy
 
 _CPU_PIXELS = 32 * 224 * 224  # of a batch: more is slower (caches), fewer than 256 small images cost bookkeeping
-Entry = DecodedBatch | ShardEnd | Unread
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What a worker tells: a batch was labeled, a shard is finished or can't be read. `ends` is the shard, if it is;
-    `seconds` are then those of each stage since the shard before it.
-    """
-
-    shard: str
-    samples: int = 0
-    finished: dict[str, Any] | None = None
-    failure: Unread | None = None
-    seconds: dict[str, float] = field(default_factory=dict)
-    ends: Shard | None = None
 
 
 def settle(settings: AnnotateSettings, device: str, teacher: LoadedTeacher) -> AnnotateSettings:
@@ -123,7 +102,7 @@ def annotate_shard(
     for batch in decode_shard(shard, _decoding(teacher, settings)):
         if isinstance(batch, ShardEnd):
             return builder.finish(batch)
-        builder.add(batch, forward.finish(_started(forward, batch)) if batch.inputs else None)
+        builder.add(batch, forward.finish(started(forward, batch)) if batch.inputs else None)
     raise AssertionError("a shard's batches end with a ShardEnd")
 
 
@@ -137,7 +116,7 @@ def annotate_samples(
     decoding = _decoding(teacher, settings)
     for start in range(0, len(positions), decoding.samples):
         batch = decode_samples(opened, positions[start : start + decoding.samples], decoding)
-        builder.add(batch, forward.finish(_started(forward, batch)) if batch.inputs else None)
+        builder.add(batch, forward.finish(started(forward, batch)) if batch.inputs else None)
     return builder.finish(ShardEnd(opened.size, "", len(positions)))
 
 
@@ -162,7 +141,7 @@ class AnnotateWork:
                 "other versions of the libraries that make augmented views\n"
                 "seed it or load its weights from a file that stays as it is, and annotate into a new --out"
             )
-        line = _Line(
+        line = Line(
             Forward(teacher, self.settings, device),
             partial(_builder, teacher=teacher, settings=self.settings, fingerprint=self.fingerprint),
             store.open_store(self.root),
@@ -170,89 +149,6 @@ class AnnotateWork:
         )
         with closing(_entries(shards, teacher, self.settings, device, self.devices, line.stages)) as entries:
             yield from line.run(entries)
-
-
-@dataclass(frozen=True)
-class _Step:
-    """Something decoded, on its way through the line."""
-
-    shard: Shard
-    entry: Entry
-    builder: PartBuilder | None
-    under_way: UnderWay | None = None
-
-
-@dataclass
-class _Line:
-    """A worker's line: what is decoded goes in, progress comes out, parts are written on the way."""
-
-    forward: Forward
-    new_builder: Any
-    store: Store
-    device: str
-    stages: Stages = field(default_factory=Stages)
-    _builder: PartBuilder | None = None
-    _writing: Future[Progress] | None = None
-
-    def run(self, entries: Iterator[tuple[Shard, Entry]]) -> Iterator[Progress]:
-        """All entries. On a GPU a step is settled when the next one is under way."""
-        in_flight = 0 if self.device == "cpu" else 1
-        steps: deque[_Step] = deque()
-        with ThreadPoolExecutor(1) as writer:
-            while True:
-                with self.stages.during("decode"):
-                    following = next(entries, None)
-                if following is None:
-                    break
-                steps.append(self._start(*following))
-                if len(steps) > in_flight:
-                    yield from self._settle(steps.popleft(), writer)
-            while steps:
-                yield from self._settle(steps.popleft(), writer)
-            yield from self._written()
-
-    def _start(self, shard: Shard, entry: Entry) -> _Step:
-        if not isinstance(entry, DecodedBatch):
-            builder, self._builder = self._builder, None
-            return _Step(shard, entry, builder)
-        self._builder = self._builder or self.new_builder(shard)
-        with self.stages.during("forward"):
-            return _Step(shard, entry, self._builder, _started(self.forward, entry) if entry.inputs else None)
-
-    def _settle(self, step: _Step, writer: ThreadPoolExecutor) -> Iterator[Progress]:
-        if isinstance(step.entry, (DamagedShard, StorageError)):
-            yield from self._written()
-            seconds = self.stages.take()
-            if isinstance(step.entry, StorageError):  # whoever opened it has only waited for it
-                seconds |= {"fetch": seconds["fetch"] + seconds["decode"], "decode": 0.0}
-            yield Progress(step.shard.name, failure=step.entry, ends=step.shard, seconds=seconds)
-            return
-        assert step.builder is not None
-        if isinstance(step.entry, ShardEnd):
-            yield from self._written()
-            self._writing = writer.submit(self._write, step, step.builder, self.stages.take())
-            return
-        with self.stages.during("forward"):
-            columns = self.forward.finish(step.under_way) if step.under_way is not None else None
-        step.builder.add(step.entry, columns)
-        yield Progress(step.shard.name, samples=len(step.entry.keys) + len(step.entry.rejects))
-
-    def _write(self, step: _Step, builder: PartBuilder, seconds: dict[str, float]) -> Progress:
-        assert isinstance(step.entry, ShardEnd)
-        annotated = builder.finish(step.entry)
-        self.store.commit(annotated.info, annotated.part, annotated.rejects)
-        counts = {"samples": annotated.info.samples, "rejects": annotated.info.rejects, "bytes": annotated.info.size}
-        place = {"device": self.device, "pid": os.getpid()}
-        finished = {**counts, "seconds": seconds, **place}
-        return Progress(step.shard.name, finished=finished, ends=step.shard, seconds=seconds)
-
-    def _written(self) -> Iterator[Progress]:
-        """Wait for the part that is being written, if one is."""
-        if self._writing is not None:
-            with self.stages.during("write"):
-                progress = self._writing.result()
-            self._writing = None
-            yield progress
 
 
 def _entries(
@@ -284,11 +180,6 @@ def _decoding(teacher: LoadedTeacher, settings: AnnotateSettings) -> Decoding:
     except SpecError:  # a teacher of one's own, which prepares images as it likes
         prepare = teacher.prepare
     return Decoding(settings.samples_per_batch, prepare, augment, plan.shrink_to)
-
-
-def _started(forward: Forward, batch: DecodedBatch) -> UnderWay:
-    rows = [(key, view.number) for key, views in zip(batch.keys, batch.views, strict=True) for view in views]
-    return forward.start(batch.inputs, row_seeds([key for key, _ in rows], [view for _, view in rows]))
 
 
 def _builder(shard: Shard, teacher: LoadedTeacher, settings: AnnotateSettings, fingerprint: str) -> PartBuilder:

@@ -12,20 +12,20 @@ from torch import Tensor, nn
 
 from pseudolabel.checkpoint import ModelCard, flatten_optimizer, load_tensors, restore_optimizer
 from pseudolabel.dataset import Batch
-from pseudolabel.distributed import Team
 from pseudolabel.errors import OutOfMemory, SpecError
-from pseudolabel.inputs import TrainingData
-from pseudolabel.label_balance import label_loss
 from pseudolabel.layout import training_layout
 from pseudolabel.losses import Losses, Mixture
-from pseudolabel.mixing import Mix, draw_mix, partners
-from pseudolabel.optim import make_average, make_optimizer
-from pseudolabel.order import derive_seeds
 from pseudolabel.precision import autocast
 from pseudolabel.settings import TrainSettings
-from pseudolabel.starting import start_from
-from pseudolabel.step_times import StepTimes
 from pseudolabel.students.start import Start
+from pseudolabel.training.distributed import Team
+from pseudolabel.training.inputs import TrainingData
+from pseudolabel.training.label_balance import label_loss
+from pseudolabel.training.mixing import Mix, draw_mix, partners
+from pseudolabel.training.optim import make_average, make_optimizer
+from pseudolabel.training.order import derive_seeds
+from pseudolabel.training.starting import start_from
+from pseudolabel.training.step_times import StepTimes
 from pseudolabel.views.image import Normalize
 
 _NO_MIX = 1.0

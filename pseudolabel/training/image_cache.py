@@ -20,10 +20,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from pseudolabel.errors import PseudolabelError, SpecError
 from pseudolabel.forkserver import fork_server
-from pseudolabel.inputs import TrainingData, TrainingShard
 from pseudolabel.processes import explained_loader_deaths, helper_start
-from pseudolabel.student_views import Presentation
-from pseudolabel.training_rows import OpenShard
+from pseudolabel.training.inputs import TrainingData, TrainingShard
+from pseudolabel.training.rows import OpenShard
+from pseudolabel.training.views import Presentation
 
 CacheMode = Literal["auto", "ram", "off"]
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from pseudolabel.decoding import Decoding, ShardEnd, ahead, decode_shards
-from pseudolabel.distributed import Team
 from pseudolabel.errors import DamagedShard, LabelError, StorageError
-from pseudolabel.inputs import check_labeled
 from pseudolabel.shard_lists import Shard
+from pseudolabel.training.distributed import Team
+from pseudolabel.training.inputs import check_labeled
 from pseudolabel.views.image import PrepareFor, Preprocessing
 
 _BATCH = 256

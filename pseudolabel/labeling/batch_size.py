@@ -17,9 +17,9 @@ import torch
 
 from pseudolabel import storage
 from pseudolabel.errors import OutOfMemory, StorageError
-from pseudolabel.forward import Forward
 from pseudolabel.interfaces import Engine, Teacher
-from pseudolabel.labeling import settle
+from pseudolabel.labeling.forward import Forward
+from pseudolabel.labeling.work import settle
 from pseudolabel.settings import AnnotateSettings
 
 _SMALLEST, _LARGEST = 8, 1024

@@ -12,12 +12,9 @@ from typing import Any
 
 from pseudolabel.calibration import Calibration, read_calibration
 from pseudolabel.checkpoint import ModelCard
+from pseudolabel.classes.space import check_names
 from pseudolabel.dataset import split_batch
-from pseudolabel.distributed import Team
 from pseudolabel.errors import LabelError, LaunchError, SpecError
-from pseudolabel.inputs import TrainingData, TrainingShard, gather
-from pseudolabel.label_balance import label_loss
-from pseudolabel.label_space import check_names
 from pseudolabel.labels.encodings import parse_encoding
 from pseudolabel.labels.sampled import Sampled
 from pseudolabel.labels.store import Store, open_store
@@ -26,10 +23,13 @@ from pseudolabel.precision import resolve_precision
 from pseudolabel.selection import Selection, open_selection
 from pseudolabel.settings import TrainSettings
 from pseudolabel.shard_lists import ShardsLike, as_shards
-from pseudolabel.starting import find_start
 from pseudolabel.students import parse_student
 from pseudolabel.students.start import Start
-from pseudolabel.validate import Validation
+from pseudolabel.training.distributed import Team
+from pseudolabel.training.inputs import TrainingData, TrainingShard, gather
+from pseudolabel.training.label_balance import label_loss
+from pseudolabel.training.starting import find_start
+from pseudolabel.training.validate import Validation
 from pseudolabel.views.image import Preprocessing, square
 
 _MANY_CLASSES = 1 << 20  # more than any loss wants at the least

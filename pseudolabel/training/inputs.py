@@ -15,9 +15,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pseudolabel.calibration import Calibration
-from pseudolabel.class_numbers import MAX_CLASSES, read_class
+from pseudolabel.classes.numbers import MAX_CLASSES, read_class
+from pseudolabel.classes.space import label_space, named_beside
 from pseudolabel.errors import LabelError, SelectionError, StoreMismatch
-from pseudolabel.label_space import label_space, named_beside
 from pseudolabel.labels.schema import PartInfo
 from pseudolabel.labels.store import Store
 from pseudolabel.selection import Selection

@@ -18,14 +18,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pseudolabel.errors import LabelError, SelectionError, StoreMismatch
-from pseudolabel.inputs import TrainingData, TrainingShard, join
 from pseudolabel.labels.encodings import parse_encoding
 from pseudolabel.labels.tensors import to_torch
 from pseudolabel.losses import NO_LABEL
-from pseudolabel.order import WINDOW_SHARDS, BalancedOrder, RowOrder
 from pseudolabel.shards import Fetcher, ShardFile
 from pseudolabel.storage import is_remote
-from pseudolabel.student_views import VIEW_COLUMNS, Presentation
+from pseudolabel.training.inputs import TrainingData, TrainingShard, join
+from pseudolabel.training.order import WINDOW_SHARDS, BalancedOrder, RowOrder
+from pseudolabel.training.views import VIEW_COLUMNS, Presentation
 from pseudolabel.views.image import UndecodableImage, decode, image_field
 
 WEIGHT = "weight"

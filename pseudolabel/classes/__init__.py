@@ -1,0 +1,1 @@
+"""What classes are called, how they are numbered, and one's from another's."""
