@@ -2,7 +2,7 @@
 
     annotate("corpus/unlabeled", "checkpoint:runs/teacher", "store")
 
-What happens to one shard is in `labeling.py`; where it happens is the engine's business.
+What happens to one shard is in `labeling/`; where it happens is the engine's business.
 """
 
 from __future__ import annotations
