@@ -14,7 +14,7 @@ import timm
 import torch
 import transformers
 from commands import FEW, Invoke, Refuse
-from object_stores import Bucket
+from object_stores import Bucket, web_server
 from safetensors.torch import load_file, save_file
 from small_models import CPU, logits_of, named_model
 from small_teachers import make_hf, noise
@@ -485,3 +485,12 @@ def test_a_run_at_a_url_will_do(corpus: Path, tmp_path: Path, bucket: Bucket) ->
     assert f"starts from {bucket.url}/one, head included" in result.notes[0]
     assert _train(corpus, tmp_path / "run", init_from=tmp_path / "one") == result
     _train(corpus, tmp_path / "other", init_from=f"{bucket.url}/one/model.safetensors")
+
+
+def test_a_run_on_a_web_server_will_do(tmp_path: Path) -> None:
+    """Whose directories look like files."""
+    named_model(tmp_path / "one", tuple("0123"))
+    with web_server(tmp_path, ranges=True) as address:
+        assert find_start(parse_student("small:resnet8?width=4"), 4, 1, f"{address}/one") is not None
+        with pytest.raises(DamagedModel, match=r"no model here \(no model.json\)"):
+            find_start(parse_student("small:resnet8?width=4"), 4, 1, f"{address}/two")

@@ -73,7 +73,7 @@ def _of_file(path: Location) -> Start:
 
 def _of_run(directory: Location) -> Start:
     """Nothing of the run's code is called, whatever its student is: tensors are all that is wanted."""
-    if directory.is_file():
+    if directory.is_file() and not (directory / "model.json").exists():  # over https a directory may look like a file
         raise SpecError(f"{directory}: is neither a run directory nor a .safetensors file; name one of these")
     card, sha256 = read_card(directory)
     state = read_state(directory / "model.safetensors", sha256)
