@@ -273,6 +273,8 @@ def test_smoothing_weights_and_adjustment_of_labels() -> None:
     torch.testing.assert_close(
         LabelLoss(weight_C=weight)(student, labels), -(0.5 * log_q[0, 2] + 1.5 * log_q[2, 0]) / 2
     )
+    of_rows = -(smoothed * log_q[[0, 2]]).sum(-1) * torch.tensor([0.5, 1.5])  # a weight is of the row, all of it
+    torch.testing.assert_close(LabelLoss(0.1, weight)(student, labels), of_rows.sum() / 2)
     adjusted = torch.log_softmax(student + 2 * prior.log(), -1)
     torch.testing.assert_close(
         LabelLoss(adjustment_C=2 * prior.log())(student, labels), -(adjusted[0, 2] + adjusted[2, 0]) / 2

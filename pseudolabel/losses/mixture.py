@@ -35,14 +35,12 @@ class LabelLoss:
         """Summed over the rows that have a label, divided by their number or by `num_labeled`; 0 if none has."""
         if self.adjustment_C is not None:
             logits_BC = logits_BC + self.adjustment_C.to(logits_BC)
-        total = F.cross_entropy(
-            logits_BC,
-            labels_B,
-            weight=self.weight_C.to(logits_BC) if self.weight_C is not None else None,
-            ignore_index=NO_LABEL,
-            reduction="sum",
-            label_smoothing=self.smoothing,
+        loss_B = F.cross_entropy(
+            logits_BC, labels_B, ignore_index=NO_LABEL, reduction="none", label_smoothing=self.smoothing
         )
+        if self.weight_C is not None:  # torch's own weights would also multiply what smoothing gives the other classes
+            loss_B = loss_B * self.weight_C.to(loss_B)[labels_B.clamp(min=0)]
+        total = loss_B.sum()
         if num_labeled is not None:
             return total / max(num_labeled, 1)
         return total / (labels_B != NO_LABEL).sum().clamp(min=1)
