@@ -129,10 +129,10 @@ def files(root: Path, *patterns: str) -> dict[str, str]:
     return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
-def annotate_corpus(corpus: Path) -> tuple[Work, Callable[[Path], dict[str, str]]]:
+def annotate_corpus(corpus: Path, views: int = 1) -> tuple[Work, Callable[[Path], dict[str, str]]]:
     def work(out: Path) -> None:
         teacher = parse_teachers([f"checkpoint:{corpus / 'teacher'}"])
-        settings = AnnotateSettings(encoding="topk:3", batch_size=5)
+        settings = AnnotateSettings(encoding="topk:3", batch_size=5, views=views)
         annotate(
             list_shards(corpus / "unlabeled"),
             teacher,
@@ -158,9 +158,12 @@ def train_corpus(corpus: Path) -> tuple[Work, Callable[[Path], dict[str, str]]]:
         batch_size=16,
         eval_every=4,
         augment=AugmentSettings(erasing=0.5),
+        replay=2,
+        mixup=0.2,
+        label_sampling="balanced",
     )
     store = corpus / "store"
-    annotate_corpus(corpus)[0](store)
+    annotate_corpus(corpus, views=3)[0](store)
 
     def work(out: Path) -> None:
         shards = {
@@ -177,7 +180,7 @@ def run_corpus(corpus: Path) -> tuple[Work, Callable[[Path], dict[str, str]]]:
     )
     data = "".join(f'{split} = "{corpus / split}"\n' for split in ("labeled", "unlabeled", "val"))
     recipe = corpus / "recipe.toml"
-    tables = f"[teacher.train]\n{small}[train]\n{small}[rounds]\ncount = 2\nmax_reject_fraction = 1.0\n"
+    tables = f'[teacher.train]\n{small}[train]\n{small}[rounds]\ncount = 2\ninit = "warm"\nmax_reject_fraction = 1.0\n'
     recipe.write_text(f'[data]\n{data}test = "{corpus / "val"}"\n{tables}')
 
     def work(out: Path) -> None:
