@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
+from pseudolabel.allocator import keep_freed_memory
 from pseudolabel.annotate import annotate
 from pseudolabel.dataset import TrainingBatches
 from pseudolabel.engines.local import LocalEngine
@@ -182,6 +183,7 @@ def _take(stream: Iterator[Any]) -> Callable[[], int]:
 def main() -> None:
     arguments = setup.parse_arguments(__doc__, device=False)
     torch.set_num_threads(1)
+    keep_freed_memory()  # as the command does
     with tempfile.TemporaryDirectory() as scratch:
         rows = [measure(task, quick=arguments.quick) for task in make_tasks(Path(scratch), quick=arguments.quick)]
     setup.Report("loader", {"batch": BATCH, "encoding": ENCODING, "quick": arguments.quick}, rows).print(

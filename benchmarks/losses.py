@@ -26,6 +26,7 @@ import setup
 import student_views
 import torch
 
+from pseudolabel.allocator import keep_freed_memory
 from pseudolabel.demo import bundled
 from pseudolabel.evaluate import evaluate
 from pseudolabel.losses import LOSSES
@@ -43,6 +44,7 @@ def loss_of(name: str) -> str:
 def one_run(scratch: Path, name: str, steps: int, seed: int, lr: float) -> float:
     """Test accuracy in percent of one student."""
     torch.set_num_threads(1)
+    keep_freed_memory()  # as the command does
     update: dict[str, Any] = {"steps": steps, "seed": seed, "lr": lr}
     out = scratch / f"{name}-{seed}"
     if name == LABELS:

@@ -31,6 +31,7 @@ from pathlib import Path
 import setup
 import torch
 
+from pseudolabel.allocator import keep_freed_memory
 from pseudolabel.annotate import annotate
 from pseudolabel.checkpoint import ModelCard, load_model, save_model
 from pseudolabel.dataset import TrainingBatches
@@ -69,6 +70,7 @@ VARIANTS: dict[str, int | None] = {"clean": None, "replay 1": 1, "replay 4": 4, 
 def one_run(scratch: Path, variant: str, steps: int, seed: int) -> tuple[float, float]:
     """Test accuracy in percent and seconds of one student."""
     torch.set_num_threads(1)
+    keep_freed_memory()  # as the command does
     settings = STUDENT.model_copy(update={"steps": steps, "seed": seed, "replay": VARIANTS[variant]})
     out, started = scratch / f"{variant}-{seed}", time.monotonic()
     if variant == "online":

@@ -33,6 +33,7 @@ import made
 import setup
 import torch
 
+from pseudolabel.allocator import keep_freed_memory
 from pseudolabel.annotate import annotate
 from pseudolabel.checkpoint import ModelCard
 from pseudolabel.dataset import Batch
@@ -213,6 +214,7 @@ def measure(variants: dict[str, Variant], device: str, *, quick: bool) -> list[s
 def main() -> None:
     arguments = setup.parse_arguments(__doc__, flags={"--photographs": "real sizes: 224 pixels, ResNet-18, ViT-B/16"})
     device, quick = arguments.device, arguments.quick
+    keep_freed_memory()  # as the command does
     if device == "cpu":
         torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
