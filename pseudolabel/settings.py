@@ -6,7 +6,7 @@ backticks: `recipe.validate` tells it as a flag where it came as one.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
@@ -153,6 +153,9 @@ class AugmentSettings(Settings):
     erasing: Fraction = Field(0.0, description="share of images with a random rectangle erased")
 
 
+_OF_SGD = {"lr": 0.1, "weight_decay": 5e-4}
+
+
 class TrainSettings(Settings):
     """A student, its loss and its schedule."""
 
@@ -205,8 +208,10 @@ class TrainSettings(Settings):
     mixup: float = Field(0.0, ge=0, le=10, description="blend images in pairs, shares from Beta(a, a); 0 is off")
     cutmix: float = Field(0.0, ge=0, le=10, description="paste a box of another image, area by Beta(a, a); 0 is off")
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="adamw, or sgd with Nesterov momentum 0.9")
-    lr: Positive = Field(2e-3, description="peak learning rate")
-    weight_decay: float = Field(0.05, ge=0, description="decoupled for adamw; not applied to norms and biases")
+    lr: Positive = Field(2e-3, description="peak learning rate; of sgd 0.1 if not given")
+    weight_decay: float = Field(
+        0.05, ge=0, description="decoupled for adamw; of sgd 0.0005 if not given; not applied to norms and biases"
+    )
     warmup_fraction: Fraction = Field(0.05, description="share of the steps with linear warm-up; then cosine to 0")
     clip_norm: float = Field(5.0, ge=0, description="gradient norm limit, 0 is off")
     ema: float = Field(0.99, ge=0, lt=1, description="decay of the averaged weights that are kept, 0 is off")
@@ -219,6 +224,12 @@ class TrainSettings(Settings):
         None, ge=1, description="steps between validations; a tenth of the steps if not given"
     )
     seed: int = Field(0, ge=0, lt=1 << 63, description="decides initial weights, order and augmentation")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_usual_for_sgd(cls, given: Any) -> Any:
+        """AdamW's rate would hardly move SGD, and its weight decay, not decoupled, would shrink all weights to 0."""
+        return {**_OF_SGD, **given} if isinstance(given, dict) and given.get("optimizer") == "sgd" else given
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainSettings:

@@ -310,6 +310,14 @@ def test_the_usual_input_size_depends_on_the_student(settings: TrainSettings, si
     assert settings.input_size == size
 
 
+def test_what_is_not_given_is_as_usual_for_the_optimizer() -> None:
+    given, sgd = TrainSettings(optimizer="sgd", lr=0.3), TrainSettings(optimizer="sgd")
+    assert (TrainSettings().lr, TrainSettings().weight_decay) == (2e-3, 0.05)
+    assert (sgd.lr, sgd.weight_decay) == (0.1, 5e-4)
+    assert (given.lr, given.weight_decay) == (0.3, 5e-4)
+    assert TrainSettings.model_validate(given.model_dump()) == given
+
+
 def test_values_that_are_at_the_limit_are_accepted() -> None:
     settings = TrainSettings(alpha=1, labeled_fraction=0, ema=0, clip_norm=0, weight_decay=0, image_size=8)
     assert (settings.alpha, settings.labeled_fraction, settings.ema) == (1.0, 0.0, 0.0)

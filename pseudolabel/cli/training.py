@@ -27,7 +27,7 @@ from pseudolabel.cli.options import (
 )
 from pseudolabel.display import Display, print_confusion, print_pairs
 from pseudolabel.forkserver import fork_server
-from pseudolabel.settings import AugmentSettings, TrainSettings
+from pseudolabel.settings import AugmentSettings
 from pseudolabel.training.world import world_from_environment
 
 
@@ -132,10 +132,6 @@ def train(
     idle = [f"--{name.replace('_', '-')}" for name in decided if name in given]
     if labels is None and idle and world.first:
         print(f"note: without --labels, {', '.join(idle)} have no effect", file=sys.stderr)
-    if settings.optimizer == "sgd" and settings.lr == TrainSettings.model_fields["lr"].default and world.first:
-        print(
-            f"note: --lr {settings.lr:g} is adamw's default; sgd usually wants some fifty times that", file=sys.stderr
-        )
     if labels is not None and labeled and settings.labeled_fraction == 0 and world.first:
         print("note: with --labeled-fraction 0 the --labeled shards are not trained on", file=sys.stderr)
     if workers != 0:
