@@ -6,6 +6,7 @@ After a resume the run of the same id goes on. Its metrics are asked for first: 
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -13,6 +14,9 @@ from typing import Any
 from pseudolabel import specs, storage
 from pseudolabel.interfaces import TrackedRun, Tracker
 from pseudolabel.specs import Spec
+
+
+_RETRIES = ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "4")  # half a minute; its own seven keep a training waiting for four
 
 
 class Mlflow:
@@ -31,6 +35,7 @@ class Mlflow:
         from mlflow import MlflowClient
         from mlflow.entities import Param
 
+        os.environ.setdefault(*_RETRIES)
         self._client, self._known = MlflowClient(tracking_uri=self._uri), {}
         if run.earlier is not None:
             self._run_id = run.earlier
