@@ -15,7 +15,6 @@ from pseudolabel import specs, storage
 from pseudolabel.interfaces import TrackedRun, Tracker
 from pseudolabel.specs import Spec
 
-
 _RETRIES = ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "4")  # half a minute; its own seven keep a training waiting for four
 
 
