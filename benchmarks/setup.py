@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from pseudolabel.engines.local import resolve_device
+from pseudolabel.devices import resolve_device
 
 Result = TypeVar("Result")
 Row = dict[str, str | float | None]

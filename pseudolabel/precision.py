@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from pseudolabel.errors import SpecError
 from pseudolabel.interfaces import Engine
 from pseudolabel.settings import AnnotateSettings
 
@@ -45,6 +46,12 @@ def resolve_precision(precision: str, device: torch.device | str) -> str:
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
     tiles = getattr(torch.cpu, "_is_amx_tile_supported", None)  # torch says it nowhere else
     return "bf16" if device.type == "cpu" and tiles is not None and tiles() else "fp32"
+
+
+def check_precision(precision: str, device: torch.device | str) -> None:
+    """Raise `SpecError` for what a student can't be trained in there."""
+    if precision == "fp16" and torch.device(device).type != "cuda":
+        raise SpecError("--precision fp16 needs a GPU (its gradients underflow without scaling); use fp32 or bf16")
 
 
 def slow_here(precision: str, device: torch.device | str) -> str:

@@ -28,6 +28,7 @@ from pseudolabel import specs, storage
 from pseudolabel.annotate import Progress, annotate
 from pseudolabel.checkpoint import read_card
 from pseudolabel.classes.names import read_classes
+from pseudolabel.classes.space import named_beside
 from pseudolabel.engines import default_engine
 from pseudolabel.errors import OutputExists
 from pseudolabel.evaluations import Evaluations
@@ -99,7 +100,13 @@ def run(
 
 def _run(pipeline: _Pipeline, started: float) -> RunResult:
     recipe, out = pipeline.recipe, pipeline.out
-    check_before_annotating(recipe.train, recipe.annotate.encoding, calibrated=recipe.calibrate is not None)
+    check_before_annotating(
+        recipe.train,
+        recipe.annotate,
+        pipeline.classes or named_beside(pipeline.labeled),
+        calibrated=recipe.calibrate is not None,
+        device=pipeline.place.device,
+    )
     pipeline.claim()
     teacher_uris, teacher_row = pipeline.first_teacher()
     rounds: list[Round] = []

@@ -237,6 +237,15 @@ class TrainSettings(Settings):
             raise ValueError("give `steps` or `epochs`, not both")
         return self
 
+    @model_validator(mode="after")
+    def _evened_once(self) -> TrainSettings:
+        if self.label_sampling == "balanced":
+            again = ["class_weights"] if self.class_weights.partition(":")[0] in ("balanced", "effective") else []
+            again += ["logit_adjustment"] if self.logit_adjustment else []
+            if again:
+                raise ValueError(f"`label_sampling` balanced evens the classes already; leave `{again[0]}` out")
+        return self
+
     @property
     def input_size(self) -> int:
         """`image_size`, or the usual one for the student's kind."""

@@ -14,12 +14,15 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 
 from pseudolabel import storage
 from pseudolabel.calibration import Calibration
 from pseudolabel.checkpoint import save_model
+from pseudolabel.devices import resolve_device
+from pseudolabel.errors import SpecError
 from pseudolabel.interfaces import Tracker
 from pseudolabel.labels.store import Store
 from pseudolabel.precision import slow_here
@@ -104,7 +107,8 @@ def train(
         Diverged: the loss is no longer finite.
     """
     started = time.monotonic()
-    team = team or Team()
+    team, device = team or Team(), resolve_device(device)
+    _check_arguments(settings, workers, threads, log_every, cache, trackers)
     if init_from is not None:
         check_not_replaced(init_from, out, overwrite=overwrite)
     training = set_up(
@@ -126,7 +130,7 @@ def train(
     with storage.mirrored(storage.location(out)) as mirror:
         run = RunDirectory(mirror, "train", identity)
         tracking = Tracking(trackers if first else (), run, settings.model_dump(mode="json"))
-        with _threads(threads, device), _claimed(run, team), tracking:
+        with _threads(threads, device), _own_random_numbers(device):
             loop = TrainingLoop(
                 training,
                 run,
@@ -139,29 +143,46 @@ def train(
                 tracking=tracking,
                 log_every=log_every,
             )
-            if (finished := team.from_first(run.start(overwrite=overwrite) if first else None)) is not None:
-                known = {**finished["result"], "run": storage.shown(os.fspath(out))}
-                return TrainResult(**{**known, "notes": tuple(known.get("notes", ()))})
-            if first:
-                run.write_settings(settings.model_dump(mode="json", exclude_none=True))
-                _tell_notes(loop.learner.notes, slow_here(settings.precision, device), on_note)
-            best_step, accuracy, earlier = loop.run_to_the_end(on_progress)
-            result = TrainResult(
-                run=storage.shown(os.fspath(out)),
-                steps=training.steps,
-                seconds=round(earlier + time.monotonic() - started, 3),
-                val_accuracy=accuracy,
-                best_step=best_step,
-                parameters=sum(parameter.numel() for parameter in loop.learner.body.parameters()),
-                notes=loop.learner.notes,
-                profile=loop.times.take() if profile else None,
-            )
-            told = {**dataclasses.asdict(result), "notes": list(result.notes)}
-            if first:
-                save_model(run.path, training.card, loop.best_body())
-                run.finish({"result": told, "metrics": {"val_accuracy": accuracy}})
-            tracking.finish(told)
+            with _claimed(run, team), tracking:
+                if (finished := team.from_first(run.start(overwrite=overwrite) if first else None)) is not None:
+                    known = {**finished["result"], "run": storage.shown(os.fspath(out))}
+                    return TrainResult(**{**known, "notes": tuple(known.get("notes", ()))})
+                if first:
+                    run.write_settings(settings.model_dump(mode="json", exclude_none=True))
+                    _tell_notes(loop.learner.notes, slow_here(settings.precision, device), on_note)
+                best_step, accuracy, earlier = loop.run_to_the_end(on_progress)
+                result = TrainResult(
+                    run=storage.shown(os.fspath(out)),
+                    steps=training.steps,
+                    seconds=round(earlier + time.monotonic() - started, 3),
+                    val_accuracy=accuracy,
+                    best_step=best_step,
+                    parameters=sum(parameter.numel() for parameter in loop.learner.body.parameters()),
+                    notes=loop.learner.notes,
+                    profile=loop.times.take() if profile else None,
+                )
+                told = {**dataclasses.asdict(result), "notes": list(result.notes)}
+                if first:
+                    save_model(run.path, training.card, loop.best_body())
+                    run.finish({"result": told, "metrics": {"val_accuracy": accuracy}})
+                tracking.finish(told)
         return result
+
+
+def _check_arguments(
+    settings: object, workers: int, threads: int | None, log_every: int, cache: str, trackers: Sequence[Tracker]
+) -> None:
+    """Raise `SpecError` for what the command line wouldn't let pass."""
+    if not isinstance(settings, TrainSettings):
+        raise SpecError(f"settings: pass TrainSettings(student=…), not {type(settings).__name__}")
+    for name, value, least in (("workers", workers, 0), ("threads", threads, 1), ("log_every", log_every, 1)):
+        if value is not None and value < least:
+            raise SpecError(f"{name}: {value} is less than {least}")
+    if cache not in get_args(CacheMode):
+        raise SpecError(f"cache: {cache!r} is none of {', '.join(get_args(CacheMode))}")
+    for tracker in [trackers] if isinstance(trackers, str) else trackers:
+        if isinstance(tracker, str):
+            raise SpecError(f"trackers: {tracker!r} is a name; pass [parse_tracker({tracker!r})]")
 
 
 def _tell_notes(notes: Sequence[str], slow: str | None, on_note: Callable[[str], None] | None) -> None:
@@ -180,6 +201,13 @@ def _claimed(run: RunDirectory, team: Team) -> Iterator[None]:
     run.check_place()
     with storage.held(run.path):
         yield
+
+
+def _own_random_numbers(device: str) -> contextlib.AbstractContextManager[None]:
+    """What training draws leaves the caller's generators where they were."""
+    found = torch.device(device)
+    on_gpu = [found if found.index is not None else torch.cuda.current_device()] if found.type == "cuda" else []
+    return torch.random.fork_rng(devices=on_gpu)
 
 
 @contextlib.contextmanager

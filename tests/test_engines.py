@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pseudolabel.engines.local import LocalEngine, available_cores, resolve_device
+from pseudolabel.devices import resolve_device
+from pseudolabel.engines.local import LocalEngine, available_cores
 from pseudolabel.errors import DamagedShard, SpecError, WorkerDied
 
 ENGINES = {"one process": LocalEngine("cpu", 1), "three processes": LocalEngine("cpu", 3)}

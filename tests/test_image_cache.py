@@ -69,6 +69,17 @@ def test_images_that_grow_are_refused_or_left_out(
     assert keep_images([stream], growing, "auto", workers=workers, on_note=pytest.fail) == [None]
 
 
+def test_a_stream_that_comes_up_once_is_left_out(growing: TrainingData) -> None:
+    often, once = (Stream(growing.labeled, True, Decoded(), uses=uses) for uses in (5, 1.0))
+    said: list[str] = []
+    kept = keep_images([once, often], growing, "auto", workers=0, on_note=said.append)
+    assert kept[0] is None
+    assert kept[1] is not None
+    assert said[0].startswith("6 images decoded once")
+    both = keep_images([once, often], growing, "ram", workers=0, on_note=said.append)
+    assert None not in both
+
+
 def test_shared_memory_that_another_takes_meanwhile(growing: TrainingData, monkeypatch: pytest.MonkeyPatch) -> None:
     free = iter([10**9, 10_000] * 2)
     monkeypatch.setattr("pseudolabel.training.image_cache._free_shared_memory", lambda: next(free))

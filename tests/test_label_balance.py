@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_model
+from pydantic import ValidationError
 
 from pseudolabel.annotate import annotate
 from pseudolabel.dataset import TrainingBatches
@@ -68,6 +69,20 @@ def test_class_weights_average_one_over_the_labeled_rows() -> None:
     assert float(effective[2] / effective[1]) == pytest.approx((1 - 0.9**9) / (1 - 0.9))
 
 
+def test_rows_drawn_evenly_weigh_one_on_average() -> None:
+    """Weights scaled by the counts made a labeled row weigh five times as much: it was drawn otherwise."""
+    update = {"class_weights": "3,2,1", "label_sampling": "balanced"}
+    weight = label_loss(SMALL.model_copy(update=update), np.array([90, 9, 1])).weight_C
+    assert weight is not None
+    assert weight.tolist() == pytest.approx([1.5, 1.0, 0.5])
+
+
+@pytest.mark.parametrize("again", [{"class_weights": "balanced"}, {"logit_adjustment": 1.0}])
+def test_classes_are_evened_once(again: dict[str, object]) -> None:
+    with pytest.raises(ValidationError, match=f"evens the classes already; leave `{next(iter(again))}` out"):
+        TrainSettings(label_sampling="balanced", **again)  # type: ignore[arg-type]
+
+
 def test_logit_adjustment_adds_the_log_of_the_shares() -> None:
     found = label_loss(SMALL.model_copy(update={"logit_adjustment": 2.0}), np.array([90, 9, 1])).adjustment_C
     assert found is not None
@@ -79,6 +94,7 @@ def test_logit_adjustment_adds_the_log_of_the_shares() -> None:
     [
         ({"class_weights": "even"}, "write none, balanced, effective:0.999, or a number for each class"),
         ({"class_weights": "effective:1"}, "from 0 to below 1"),
+        ({"class_weights": "effective:0.9,0.99"}, "from 0 to below 1"),
         ({"class_weights": "1,2"}, "2 numbers for 3 classes"),
         ({"class_weights": "1,-2,3"}, "numbers from 0"),
         ({"class_weights": "0,0,0"}, "weigh nothing"),

@@ -200,6 +200,8 @@ def test_the_teachers_class_must_be_asked_for() -> None:
         ("dkd?beta=-1", "beta must be a number from 0"),
         ("dkd?beta=inf", "beta must be a number from 0"),
         ("dkd?beta=true", "beta must be a number from 0"),
+        ("dkd?alpha=0&beta=0", "alpha and beta are both 0"),
+        ("dist?beta=0&gamma=0", "beta and gamma are both 0"),
         ("nkd?target=argmax", "label or teacher"),
         ("jsd?beta=1", "between 0 and 1"),
         ("jsd?beta=0", "between 0 and 1"),
@@ -227,6 +229,8 @@ def test_two_classes_have_nothing_beside_the_target() -> None:
     assert not _allows("dkd?target=teacher", num_classes=2)
     assert not _allows("nkd?target=teacher", num_classes=2)
     assert all(_allows(spec, num_classes=2) for spec in ("kd", "hard", "dist", "wttm", "jsd", "mse"))
+    assert _allows("kd", num_classes=3, standardize=True)
+    assert not _allows("kd", num_classes=2, standardize=True)  # z-scores of two are ±1, whatever they were
 
 
 def test_rows_without_a_label_need_another_target() -> None:

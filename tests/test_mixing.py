@@ -169,7 +169,8 @@ def test_every_part_of_a_batch_is_trained_on_once() -> None:
     "update",
     [
         {"mixup": 0.5, "cutmix": 1.0, "accumulate": 2},
-        {"label_smoothing": 0.1, "class_weights": "balanced", "label_sampling": "balanced", "logit_adjustment": 1.0},
+        {"label_smoothing": 0.1, "class_weights": "balanced", "logit_adjustment": 1.0},
+        {"label_smoothing": 0.1, "class_weights": "1,2,3,4", "label_sampling": "balanced"},
     ],
 )
 def test_options_train_and_resume_exactly(corpus: Path, tmp_path: Path, update: dict[str, object]) -> None:

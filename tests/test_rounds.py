@@ -93,6 +93,13 @@ def test_a_warm_round_starts_from_the_last_ones_student(recipe_file: Path, tmp_p
         (["train.loss=dkd"], "target=teacher"),
         (["annotate.encoding=sampled:9", "train.temperature=2"], "train with --temperature 1"),
         (["train.student=small:resnet9"], "did you mean 'resnet8'"),
+        (["train.student=torchvision:resnet18"], "take 3 channels"),
+        (["train.student=torchvision:vit_b_16", "train.channels=3"], "image_size|input of shape"),
+        (["train.replay=2"], "has 0 augmented views"),
+        (["train.accumulate=9"], "leaves fewer than 2 rows"),
+        (["train.precision=fp16"], "needs a GPU"),
+        (["train.labeled_fraction=0", "train.label_smoothing=0.1"], "is about labeled rows"),
+        (["train.class_weights=evenly"], "write none, balanced"),
     ],
 )
 def test_what_no_student_could_learn_from_is_refused_before_annotating(

@@ -145,7 +145,8 @@ def training_place(device: str, workers: int | None, threads: int | None, world:
     """Where to train. On a CPU one core loads and the others train: two thread pools on the same cores can be forty
     times slower than one. Processes that train together share a machine's cores evenly, and each has a GPU of its own.
     """
-    from pseudolabel.engines.local import available_cores, resolve_device
+    from pseudolabel.devices import resolve_device
+    from pseudolabel.engines.local import available_cores
 
     resolved = _own_device(device, world) if world.size > 1 else resolve_device(device)
     cores = max(1, available_cores() // world.local_size)
@@ -156,7 +157,7 @@ def training_place(device: str, workers: int | None, threads: int | None, world:
 
 def _own_device(device: str, world: World) -> str:
     """The device of one of several processes. Raises `LaunchError` if there is none for it."""
-    from pseudolabel.engines.local import resolve_device
+    from pseudolabel.devices import resolve_device
 
     if device not in ("auto", "cpu", "cuda"):
         raise LaunchError(

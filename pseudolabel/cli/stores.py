@@ -123,7 +123,7 @@ def verify(
     for option in (name for name, is_idle in idle.items() if is_idle):
         print(f"note: without --sample and --teacher, {option} has no effect", file=sys.stderr)
     if teacher:
-        from pseudolabel.engines.local import resolve_device
+        from pseudolabel.devices import resolve_device
         from pseudolabel.teachers import parse_teachers
 
         asked, device = parse_teachers(teacher, class_map), resolve_device(device)

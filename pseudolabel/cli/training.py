@@ -132,7 +132,7 @@ def train(
     idle = [f"--{name.replace('_', '-')}" for name in decided if name in given]
     if labels is None and idle and world.first:
         print(f"note: without --labels, {', '.join(idle)} have no effect", file=sys.stderr)
-    if labels is not None and labeled and settings.labeled_fraction == 0 and world.first:
+    if labels is not None and labeled and unlabeled and settings.labeled_fraction == 0 and world.first:
         print("note: with --labeled-fraction 0 the --labeled shards are not trained on", file=sys.stderr)
     if workers != 0:
         fork_server()
@@ -201,7 +201,7 @@ def evaluate(
     as_json: Json = False,
 ) -> Mapping[str, Any]:
     """Measure a model on labeled shards: accuracy, top-5, NLL, ECE, per class, confusion."""
-    from pseudolabel.engines.local import resolve_device
+    from pseudolabel.devices import resolve_device
     from pseudolabel.evaluate import evaluate
     from pseudolabel.labels.store import open_store
     from pseudolabel.shard_lists import list_shards

@@ -22,7 +22,8 @@ from typing import Any, TypeVar
 import torch
 
 from pseudolabel.allocator import keep_freed_memory
-from pseudolabel.errors import PseudolabelError, SpecError, WorkerDied
+from pseudolabel.devices import resolve_device
+from pseudolabel.errors import PseudolabelError, WorkerDied
 from pseudolabel.forkserver import fork_server
 from pseudolabel.processes import end_with_parent, take_environment
 
@@ -56,22 +57,6 @@ class LocalEngine:
         if name == "cuda":
             return [f"cuda:{index}" for index in range(torch.cuda.device_count())]
         return [name]
-
-
-def resolve_device(name: str) -> str:
-    """`auto` becomes cuda or cpu; others are checked. Raises `SpecError` if the device isn't there."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        if device.type == "cpu":
-            return "cpu"
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, ValueError) as error:
-        raise SpecError(
-            f"--device {name}: not usable here: {str(error).splitlines()[0]}; write auto, cpu, cuda or cuda:1"
-        ) from error
-    return name
 
 
 def available_cores() -> int:

@@ -28,6 +28,7 @@ LOSSES: Mapping[str, type[Loss]] = {
     "jsd": JSD,
     "mse": MSE,
 }
+_PARTS = {"dkd": ("alpha", "beta"), "dist": ("beta", "gamma")}
 _BELOW_1 = {("hard", "threshold"), ("jsd", "beta")}
 
 
@@ -43,6 +44,8 @@ def parse_loss(text: str) -> Loss:
     arguments = spec.only(defaults)
     for name, value in arguments.items():
         _check_parameter(text, spec.name, name, value, defaults[name])
+    if (parts := _PARTS.get(spec.name)) and not any(arguments.get(name, defaults[name]) for name in parts):
+        raise SpecError(f"--loss {text}: {parts[0]} and {parts[1]} are both 0, so nothing is left of it")
     return kind(**arguments)
 
 
@@ -105,6 +108,10 @@ def check_loss(text: str, given: SoftLabels) -> None:
     if given.standardize and not needs.standardizes:
         able = ", ".join(name for name, kind in LOSSES.items() if kind.needs.standardizes)
         raise SpecError(f"--standardize: makes no sense with --loss {name}; it works with {able}")
+    if given.standardize and given.num_classes < 3:
+        raise SpecError(
+            f"--standardize: the z-scores of {given.num_classes} logits say only which is larger; leave it out"
+        )
     if given.standardize and encoding.sparse:
         raise SpecError(
             f"--standardize: needs the logits of all classes, the store keeps {encoding.name}; leave it out, or "

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pseudolabel.interfaces import LossNeeds, SoftTargets
 
-_LEAST = 1e-12  # of a norm: a row or class without any spread correlates with nothing
+_LEAST = 1e-8  # of a norm, as in the paper's code: a row or class without any spread correlates with nothing
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,9 @@ class DIST:
     """T²·(β·(1 − Pearson's correlation of a row's probabilities) + γ·(1 − that of a class's over the batch, averaged
     over classes)) (Huang et al. 2022, arXiv:2205.10536, eqs. 6 to 8).
 
-    The batch is what one process computes at once: its share of a team's, and of accumulated steps one.
+    The batch is what one process computes at once: its share of a team's, and of accumulated steps one. In the second
+    term all its rows count alike, whatever they weigh. Where a student's probabilities are all but constant, as of a
+    head that begins at 0, gradients are as large as their spread is small: clip them.
     """
 
     beta: float = 1.0

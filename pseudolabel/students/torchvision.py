@@ -37,8 +37,8 @@ class TorchvisionStudent:
             )
         try:
             model: nn.Module = get_model(self.spec.name, weights=None, num_classes=num_classes, **self._options())
-        except (TypeError, ValueError, KeyError, RuntimeError) as error:
-            raise SpecError(f"{self.spec}: {error}") from error
+        except (TypeError, ValueError, KeyError, RuntimeError, AssertionError) as error:
+            raise SpecError(f"{self.spec}: {error or 'its builder refuses these arguments'}") from error
         return model
 
     def start(self, num_classes: int, channels: int) -> Start | None:

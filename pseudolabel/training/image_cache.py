@@ -88,11 +88,14 @@ def keep_images(
     processes: int = 1,
     on_note: Callable[[str], None],
 ) -> list[ImageCache | None]:
-    """A cache for each stream, or None for each. `auto` keeps what takes at most a quarter of the free memory and is
-    used twice. `processes` on this machine keep as much each. Raises `SpecError` if it is to fit and doesn't.
+    """A cache for each stream, or None. `auto` keeps the streams that come up twice, if they take at most a quarter of
+    the free memory together. `processes` on this machine keep as much each. Raises `SpecError` if it is to fit and
+    doesn't.
     """
     none: list[ImageCache | None] = [None] * len(streams)
-    if mode == "off" or not streams or (mode == "auto" and max(stream.uses for stream in streams) < 2):
+    places = [place for place, stream in enumerate(streams) if mode == "ram" or (mode == "auto" and stream.uses >= 2)]
+    streams = [streams[place] for place in places]
+    if not streams:
         return none
     wanted = processes * sum(_estimate(stream, data) for stream in streams)
     free = min(_free_memory(), _free_shared_memory() if workers else _free_memory())
@@ -112,7 +115,8 @@ def keep_images(
     taken = sum(cache.num_bytes for cache in caches)
     rows = sum(stream.rows for stream in streams)
     on_note(f"{rows} images decoded once and kept in memory: {_in_words(taken)} (--cache off decodes them anew)")
-    return list(caches)
+    kept = dict(zip(places, caches, strict=True))
+    return [kept.get(place) for place in range(len(none))]
 
 
 @dataclass

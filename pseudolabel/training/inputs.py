@@ -6,6 +6,7 @@ and labels, store and class names must speak of the same classes.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -113,8 +114,18 @@ def gather(
     if store is not None and selection is not None:
         selection.check(store)
         soft = [_selected(one, selection) for one in soft]
-    if store is not None and checked and all(_is_annotated(one, store) for one in checked):
+    both = [one for one in checked if store is not None and _is_annotated(one, store)]
+    if store is not None and both and len(both) == len(checked):
         checked = _with_labels(check_annotated(labeled, store), checked, store)
+        if not unlabeled and selection is not None:
+            raise LabelError("a selection is of --unlabeled shards, and only --labeled ones are given; leave it out")
+    elif store is not None and both and unlabeled:
+        rest = next(one.shard.where for one in checked if one not in both)
+        warnings.warn(
+            f"{len(both)} of {len(checked)} labeled shards have soft labels in {store.root}, and these are not used: "
+            f"{rest} has none; annotate all of them into it, or none",
+            stacklevel=4,
+        )
     elif store is not None and not unlabeled:
         raise LabelError(
             f"{store.root}: a store of soft labels needs the shards it was made from: pass them as --unlabeled (or, to "

@@ -21,12 +21,14 @@ from pseudolabel.settings import TrainSettings
 
 
 def label_loss(settings: TrainSettings, count_C: NDArray[np.int64]) -> LabelLoss:
-    """The loss of labels of which there are so many of each class.
+    """The loss of labels of which there are so many of each class. Drawn evenly, they are as many.
 
     Raises:
         SpecError: class weights that are none, or too few.
         LabelError: a class without labels that is to be adjusted for.
     """
+    if settings.label_sampling == "balanced":
+        count_C = np.minimum(count_C, 1)
     weight_C = _weights(settings.class_weights, count_C) if count_C.sum() else None
     adjustment_C = None
     if settings.logit_adjustment:
@@ -50,8 +52,8 @@ def _weights(spec: str, count_C: NDArray[np.int64]) -> NDArray[np.float64] | Non
     if spec == "balanced":
         weight_C = 1.0 / present_C
     elif kind == "effective":
-        beta = _numbers(spec, number)[0]
-        if not 0 <= beta < 1:
+        beta, *more = _numbers(spec, number)
+        if more or not 0 <= beta < 1:
             raise SpecError(f"--class-weights {spec}: write a number from 0 to below 1, such as effective:0.999")
         weight_C = (1 - beta) / (1 - beta**present_C)
     else:

@@ -43,8 +43,6 @@ class Learner:
         team: Team,
         start: Start | None = None,
     ) -> None:
-        if settings.precision == "fp16" and device.type != "cuda":
-            raise SpecError("--precision fp16 needs a GPU (its gradients underflow without scaling); use fp32 or bf16")
         self._settings, self._device, self._team = settings, device, team
         self._num_classes, self._calibration = len(card.classes), data.calibration
         torch.manual_seed(settings.seed)

@@ -10,6 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import torch
+
 from pseudolabel.calibration import Calibration, read_calibration
 from pseudolabel.checkpoint import ModelCard
 from pseudolabel.classes.space import check_names
@@ -19,9 +22,9 @@ from pseudolabel.labels.encodings import parse_encoding
 from pseudolabel.labels.sampled import Sampled
 from pseudolabel.labels.store import Store, open_store
 from pseudolabel.losses import SoftLabels, check_loss, parse_loss
-from pseudolabel.precision import resolve_precision
+from pseudolabel.precision import check_precision, resolve_precision
 from pseudolabel.selection import Selection, open_selection
-from pseudolabel.settings import TrainSettings
+from pseudolabel.settings import AnnotateSettings, TrainSettings
 from pseudolabel.shard_lists import ShardsLike, as_shards
 from pseudolabel.students import parse_student
 from pseudolabel.students.start import Start
@@ -33,6 +36,7 @@ from pseudolabel.training.validate import Validation
 from pseudolabel.views.image import Preprocessing, square
 
 _MANY_CLASSES = 1 << 20  # more than any loss wants at the least
+_SOME_CLASSES = 10  # to see whether a student can be built
 
 
 PathLike = str | os.PathLike[str]
@@ -86,6 +90,7 @@ def set_up(
     """Read and check all that `train` is given, and raise what it raises before the first step; nothing is written."""
     settings = settings.model_copy(update={"precision": resolve_precision(settings.precision, device)})
     check_shares(settings, team)
+    check_precision(settings.precision, device)
     store = store if isinstance(store, Store) or store is None else open_store(store)
     val = as_shards(val)
     selection = selection if isinstance(selection, Selection) or selection is None else open_selection(selection)
@@ -101,8 +106,8 @@ def set_up(
     parse_loss(settings.loss)
     if store is not None:
         check_loss(settings.loss, soft_labels(settings, data, store))
-    if store is not None and settings.alpha == 0 and settings.labeled_fraction == 0:
-        raise LabelError("alpha 0 leaves out the soft labels and labeled fraction 0 the labels: nothing to learn from")
+    if data.unlabeled:
+        _check_learns(settings)
     return Training(settings, card, data, number_of_steps(settings, data), validation, start)
 
 
@@ -138,28 +143,41 @@ def as_set(data: TrainingData, settings: TrainSettings) -> TrainingData:
     """The data as the settings want it presented. Raises `SpecError` or
     `LabelError` for what they can't have.
     """
-    of_labels = {
-        "label_sampling": settings.label_sampling != "natural",
-        "label_smoothing": settings.label_smoothing > 0,
-        "class_weights": settings.class_weights != "none",
-        "logit_adjustment": settings.logit_adjustment > 0,
-    }
-    idle = [f"--{name.replace('_', '-')}" for name, asked in of_labels.items() if asked]
+    idle = _options_of_labels(settings)
     if idle and (not data.labeled or (data.unlabeled and settings.labeled_fraction == 0)):
         raise SpecError(f"{idle[0]}: is about labeled rows, and no labels are trained on; leave it out")
     label_loss(settings, data.label_counts())  # refuses what it can't use, before the run directory is made
     return dataclasses.replace(data, replay=_views(data, settings), balanced=settings.label_sampling == "balanced")
 
 
+def _options_of_labels(settings: TrainSettings) -> list[str]:
+    """The flags that were given and are about labels."""
+    of_labels = {
+        "label_sampling": settings.label_sampling != "natural",
+        "label_smoothing": settings.label_smoothing > 0,
+        "class_weights": settings.class_weights != "none",
+        "logit_adjustment": settings.logit_adjustment > 0,
+    }
+    return [f"--{name.replace('_', '-')}" for name, asked in of_labels.items() if asked]
+
+
 def _views(data: TrainingData, settings: TrainSettings) -> int:
     """How many augmented views to replay. Raises `SpecError` if the store hasn't so many."""
-    if settings.replay is None or data.store is None or not data.unlabeled:
+    if settings.replay is None or data.store is None:
         return 0
-    there = data.store.identity.num_views - 1
-    wanted = there if settings.replay == "all" else settings.replay
+    if not data.unlabeled:
+        raise SpecError(
+            "--replay: is of --unlabeled shards; labeled rows always have the student's own augmentation; leave it out"
+        )
+    return _replayed(settings.replay, data.store.identity.num_views, str(data.store.root))
+
+
+def _replayed(asked: int | str, num_views: int, where: str) -> int:
+    there = num_views - 1
+    wanted = there if isinstance(asked, str) else asked
     if not 1 <= wanted <= there:
         raise SpecError(
-            f"--replay {settings.replay}: {data.store.root} has {there} augmented views of a sample\n"
+            f"--replay {asked}: {where} has {there} augmented views of a sample\n"
             f"annotate with --views {wanted + 1 if wanted else 5} (the clean one counts), or leave --replay out"
         )
     return wanted
@@ -178,21 +196,46 @@ def soft_labels(settings: TrainSettings, data: TrainingData, store: Store) -> So
     )
 
 
-def check_before_annotating(settings: TrainSettings, encoding: str, *, calibrated: bool) -> None:
-    """Raise `SpecError` for a student or a loss that isn't one, or that can't learn from labels stored so: a teacher
-    may be about to label for hours. A calibration's temperature isn't known yet, so with one that of draws isn't looked
-    at.
+def check_before_annotating(
+    settings: TrainSettings,
+    stored: AnnotateSettings,
+    classes: Sequence[str] | None,
+    *,
+    calibrated: bool,
+    device: str,
+) -> None:
+    """Raise `SpecError` or `LabelError` for settings that can't learn from labels stored so: a teacher may be about to
+    label for hours. Of what isn't known yet nothing is said: without `classes` their number, with a calibration its
+    temperature, `auto`'s encoding.
     """
-    parse_student(settings.student)
     parse_loss(settings.loss)
-    if encoding.startswith("auto:"):
+    check_shares(settings, Team())
+    check_precision(settings.precision, device)
+    _check_learns(settings)
+    if (idle := _options_of_labels(settings)) and settings.labeled_fraction == 0:
+        raise SpecError(f"{idle[0]}: is about labeled rows, and no labels are trained on; leave it out")
+    if settings.replay is not None:
+        _replayed(settings.replay, stored.views, "the store to be made")
+    names = tuple(classes) if classes is not None else tuple(map(str, range(_SOME_CLASSES)))
+    num_weights = len(names) if classes is not None else settings.class_weights.count(",") + 1
+    label_loss(settings.model_copy(update={"logit_adjustment": 0.0}), np.ones(num_weights, np.int64))
+    student = parse_student(settings.student)
+    with torch.random.fork_rng(devices=[]):
+        ModelCard(settings.student, names, preprocessing_of(settings), student.config).build()
+    if stored.encoding.startswith("auto:"):
         return
-    stored = parse_encoding(encoding)
+    encoding = parse_encoding(stored.encoding)
     temperature = settings.temperature
-    if calibrated and isinstance(stored, Sampled):
-        temperature = stored.temperature
-    given = SoftLabels(stored, _MANY_CLASSES, temperature, settings.tail, settings.standardize)
-    check_loss(settings.loss, given)
+    if calibrated and isinstance(encoding, Sampled):
+        temperature = encoding.temperature
+    num_classes = len(names) if classes is not None else _MANY_CLASSES
+    check_loss(settings.loss, SoftLabels(encoding, num_classes, temperature, settings.tail, settings.standardize))
+
+
+def _check_learns(settings: TrainSettings) -> None:
+    """Where there are unlabeled rows."""
+    if settings.alpha == 0 and settings.labeled_fraction == 0:
+        raise LabelError("alpha 0 leaves out the soft labels and labeled fraction 0 the labels: nothing to learn from")
 
 
 def number_of_steps(settings: TrainSettings, data: TrainingData) -> int:
