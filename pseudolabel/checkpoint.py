@@ -66,7 +66,8 @@ class ModelCard:
 
 def save_model(directory: Path, card: ModelCard, body: nn.Module) -> None:
     """Write weights, then the card that names their hash. Raises `StorageError`."""
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in body.state_dict().items()}
+    # cloned: a module that goes by two names has its tensors twice, and safetensors takes no shared memory
+    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in body.state_dict().items()}
     storage.write_atomic(directory / "model.safetensors", save(state))
     content = {
         "format_version": FORMAT_VERSION,

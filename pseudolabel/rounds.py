@@ -42,6 +42,7 @@ from pseudolabel.storage import Location
 from pseudolabel.teachers import parse_teachers
 from pseudolabel.train import TrainResult, train
 from pseudolabel.training.image_cache import CacheMode
+from pseudolabel.training.inputs import check_labeled
 from pseudolabel.training.loop import TrainProgress
 from pseudolabel.training.setup import check_before_annotating
 from pseudolabel.training.step_times import advice, summary
@@ -107,6 +108,8 @@ def _run(pipeline: _Pipeline, started: float) -> RunResult:
         calibrated=recipe.calibrate is not None,
         device=pipeline.place.device,
     )
+    if recipe.teacher.train is None:  # or else that training checks them
+        check_labeled(pipeline.labeled, len(pipeline.classes) if pipeline.classes is not None else None)
     pipeline.claim()
     teacher_uris, teacher_row = pipeline.first_teacher()
     rounds: list[Round] = []
@@ -215,15 +218,20 @@ class _Pipeline:
             max_reject_fraction=self.recipe.rounds.max_reject_fraction,
             on_progress=self.watcher.annotating,
         )
+        store = open_store(directory / "store")
         trust = settle_trust(
             self.recipe,
-            open_store(directory / "store"),
+            store,
             directory,
             [shard.name for shard in self.val],
             self.leaks,
             lambda text: self.watcher.stage(f"round {number}: {text}"),
         )
-        count = annotated.samples - annotated.rejects if trust.selection is None else trust.selection.facts["selected"]
+        if trust.selection is None:
+            evidence = [store.info(shard.name) for shard in shards[len(self.unlabeled) :]]
+            count = annotated.samples - annotated.rejects - sum(one.samples - one.rejects for one in evidence)
+        else:
+            count = trust.selection.facts["selected"]
         self.watcher.stage(
             f"round {number}: training {self.recipe.train.student} on {count} soft labels{_done(directory / 'student')}"
         )

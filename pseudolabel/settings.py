@@ -40,6 +40,9 @@ def _check_balance(value: object) -> object:
     return number
 
 
+_NUMBERS = (int, float, int | None, float | None, Literal[1, 3])
+
+
 class Settings(BaseModel):
     """Frozen; an unknown field is an error, and so are infinity and NaN."""
 
@@ -48,7 +51,7 @@ class Settings(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _true_is_no_number(cls, value: object, info: ValidationInfo) -> object:
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation in (int, float, int | None):
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation in _NUMBERS:
             raise ValueError("must be a number, not true or false")
         return value
 

@@ -143,3 +143,22 @@ def test_a_card_without_its_hash_is_refused(tmp_path: Path) -> None:
     (model / "model.json").write_text(json.dumps(card))
     with pytest.raises(DamagedModel, match="card_sha256"):
         load_model(model, torch.device("cpu"))
+
+
+def test_a_module_that_goes_by_two_names_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """safetensors takes no tensors that share memory: a training ended so after its last step."""
+    (tmp_path / "twice_named.py").write_text(
+        "from torch import nn\n\nclass Twice(nn.Module):\n"
+        "    def __init__(self, num_classes, in_channels):\n"
+        "        super().__init__()\n"
+        "        self.head = nn.Linear(64 * in_channels, num_classes)\n"
+        "        self.body = nn.Sequential(nn.Flatten(), self.head)\n\n"
+        "    def forward(self, x):\n        return self.body(x)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    card = ModelCard("python:twice_named:Twice", ("a", "b"), square(8, 1))
+    body = card.build()
+    save_model(tmp_path / "m", card, body)
+    loaded = load_model(tmp_path / "m", CPU, trust_code=True)
+    pixels = torch.randint(0, 256, (2, 1, 8, 8), dtype=torch.uint8)
+    torch.testing.assert_close(loaded.logits((pixels,)), body.eval()((pixels.float() / 255 - 0.5) / 0.5))

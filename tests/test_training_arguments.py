@@ -11,11 +11,12 @@ import torch
 from conftest import make_model
 from small_trainings import SMALL, annotated_by, small_store, train_on  # noqa: F401 (a fixture)
 
-from pseudolabel.errors import LabelError, SpecError
+from pseudolabel.errors import LabelError, SpecError, StoreMismatch
 from pseudolabel.labels.store import Store
 from pseudolabel.selection.select import select
 from pseudolabel.settings import SelectSettings
 from pseudolabel.shard_lists import list_shards
+from pseudolabel.shards import read_samples, write_shard
 from pseudolabel.train import train
 
 
@@ -75,6 +76,32 @@ def test_without_unlabeled_rows_there_is_nothing_to_select_or_replay(corpus: Pat
         train(SMALL.model_copy(update={"replay": "all"}), tmp_path / "run", **common)  # type: ignore[arg-type]
     plain = SMALL.model_copy(update={"alpha": 0.0, "labeled_fraction": 0.0, "steps": 2})
     assert train(plain, tmp_path / "run", **common).steps == 2  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("update", "labeled", "message"),
+    [
+        ({"alpha": 0.0}, False, "there are no labels: nothing to learn from"),
+        ({"alpha": 0.0, "labeled_fraction": 0.0}, True, "labeled fraction 0 the labels"),
+        ({"alpha": 1.0, "label_smoothing": 0.1}, True, "which --alpha 1 leaves out"),
+    ],
+)
+def test_what_would_teach_nothing_is_refused(
+    corpus: Path, store: Store, tmp_path: Path, update: dict[str, Any], labeled: bool, message: str
+) -> None:
+    sets = {} if labeled else {"labeled": ()}
+    with pytest.raises((LabelError, SpecError), match=message):
+        train_on(corpus, tmp_path / "run", store, SMALL.model_copy(update=update), **sets)
+
+
+def test_labels_mended_after_annotating_make_it_another_shard(corpus: Path, tmp_path: Path) -> None:
+    """All labeled shards lost their soft labels then, and nothing said so."""
+    both = annotated_by_all(corpus, tmp_path)
+    (shard,) = list_shards(corpus / "labeled")
+    samples = [(sample.key, {**sample.fields, "cls": b"0"}) for sample in read_samples(shard)]
+    write_shard(Path(shard.path), samples)
+    with pytest.raises(StoreMismatch, match="its content is not what was annotated"):
+        train_on(corpus, tmp_path / "run", both)
 
 
 def test_labeled_shards_of_which_some_are_annotated_are_told(corpus: Path, store: Store, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ class TorchvisionStudent:
             )
         try:
             model: nn.Module = get_model(self.spec.name, weights=None, num_classes=num_classes, **self._options())
-        except (TypeError, ValueError, KeyError, RuntimeError, AssertionError) as error:
+        except (TypeError, ValueError, KeyError, RuntimeError, AssertionError, ArithmeticError) as error:
             raise SpecError(f"{self.spec}: {error or 'its builder refuses these arguments'}") from error
         return model
 

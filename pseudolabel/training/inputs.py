@@ -171,8 +171,21 @@ def _selected(shard: TrainingShard, selection: Selection) -> TrainingShard:
 
 
 def _is_annotated(shard: TrainingShard, store: Store) -> bool:
-    """Whether the store's part of that name, if any, is of this very shard."""
-    return store.part_path(shard.shard.name).exists() and store.info(shard.shard.name).sha256 == shard.sha256
+    """Whether the store's part of that name, if any, is of this very shard: another may be called so, too.
+
+    Raises:
+        StoreMismatch: it is of these samples, and they were changed since.
+    """
+    name = shard.shard.name
+    if not store.part_path(name).exists():
+        return False
+    info = store.info(name)
+    if info.sha256 != shard.sha256 and info.samples == shard.rows:
+        with ShardFile(shard.shard) as opened:
+            known = {*store.read_view(name, ["key"])["key"].to_pylist(), *store.read_rejects(name)["key"].to_pylist()}
+            if known == set(opened.keys):
+                check_annotated([shard.shard], store)
+    return info.sha256 == shard.sha256
 
 
 def read_label(opened: ShardFile, index: int, num_classes: int | None = None) -> int:

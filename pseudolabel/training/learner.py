@@ -52,13 +52,19 @@ class Learner:
         self._layout = training_layout(self.body)
         self.body.to(memory_format=self._layout)
         team.take_from_first(self.body.state_dict().values())
-        self._forward: Any = torch.compile(self.body, dynamic=False) if settings.compile else self.body
+        self._forward: Any = self._compiled() if settings.compile else self.body
         self.normalize = Normalize(card.preprocessing).to(device)
         self.average = make_average(self.body, settings.ema) if settings.ema else None
         self._optimizer = make_optimizer(self.body, settings)
         self._scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
         of_labels = label_loss(settings, data.label_counts())
         self._mixture = Mixture(settings.alpha, settings.temperature, settings.loss, settings.standardize, of_labels)
+
+    def _compiled(self) -> Any:
+        """The compiler would make convolutions channels-last by itself, also where `training_layout` says not to."""
+        if self._layout != torch.contiguous_format:
+            return torch.compile(self.body, dynamic=False)
+        return torch.compile(self.body, dynamic=False, options={"layout_optimization": False})
 
     @property
     def averaged_body(self) -> nn.Module:

@@ -107,7 +107,7 @@ def set_up(
     if store is not None:
         check_loss(settings.loss, soft_labels(settings, data, store))
     if data.unlabeled:
-        _check_learns(settings)
+        _check_learns(settings, has_labeled=bool(data.labeled))
     return Training(settings, card, data, number_of_steps(settings, data), validation, start)
 
 
@@ -144,8 +144,10 @@ def as_set(data: TrainingData, settings: TrainSettings) -> TrainingData:
     `LabelError` for what they can't have.
     """
     idle = _options_of_labels(settings)
-    if idle and (not data.labeled or (data.unlabeled and settings.labeled_fraction == 0)):
+    if idle and not data.labeled:
         raise SpecError(f"{idle[0]}: is about labeled rows, and no labels are trained on; leave it out")
+    if data.store is not None:
+        _check_labels_count(settings, alone=not data.unlabeled)
     label_loss(settings, data.label_counts())  # refuses what it can't use, before the run directory is made
     return dataclasses.replace(data, replay=_views(data, settings), balanced=settings.label_sampling == "balanced")
 
@@ -159,6 +161,16 @@ def _options_of_labels(settings: TrainSettings) -> list[str]:
         "logit_adjustment": settings.logit_adjustment > 0,
     }
     return [f"--{name.replace('_', '-')}" for name, asked in of_labels.items() if asked]
+
+
+def _check_labels_count(settings: TrainSettings, *, alone: bool) -> None:
+    """Raise `SpecError` for options of labels that don't count beside soft labels. `alone`: all rows have labels."""
+    idle = _options_of_labels(settings)
+    if idle and settings.labeled_fraction == 0 and not alone:
+        raise SpecError(f"{idle[0]}: is about labeled rows, and no labels are trained on; leave it out")
+    of_loss = [flag for flag in idle if flag != "--label-sampling"]
+    if of_loss and settings.alpha == 1:
+        raise SpecError(f"{of_loss[0]}: is about the loss of labels, which --alpha 1 leaves out; leave out one of them")
 
 
 def _views(data: TrainingData, settings: TrainSettings) -> int:
@@ -205,15 +217,13 @@ def check_before_annotating(
     device: str,
 ) -> None:
     """Raise `SpecError` or `LabelError` for settings that can't learn from labels stored so: a teacher may be about to
-    label for hours. Of what isn't known yet nothing is said: without `classes` their number, with a calibration its
-    temperature, `auto`'s encoding.
+    label for hours. Of what isn't known yet nothing is said: without `classes` their number, `auto`'s encoding.
     """
     parse_loss(settings.loss)
     check_shares(settings, Team())
     check_precision(settings.precision, device)
-    _check_learns(settings)
-    if (idle := _options_of_labels(settings)) and settings.labeled_fraction == 0:
-        raise SpecError(f"{idle[0]}: is about labeled rows, and no labels are trained on; leave it out")
+    _check_learns(settings, has_labeled=True)
+    _check_labels_count(settings, alone=False)
     if settings.replay is not None:
         _replayed(settings.replay, stored.views, "the store to be made")
     names = tuple(classes) if classes is not None else tuple(map(str, range(_SOME_CLASSES)))
@@ -225,15 +235,19 @@ def check_before_annotating(
     if stored.encoding.startswith("auto:"):
         return
     encoding = parse_encoding(stored.encoding)
-    temperature = settings.temperature
     if calibrated and isinstance(encoding, Sampled):
-        temperature = encoding.temperature
+        raise SpecError(
+            f"calibrate: labels of {encoding.name} are draws, and can't be calibrated; choose topk or dense"
+        )
     num_classes = len(names) if classes is not None else _MANY_CLASSES
-    check_loss(settings.loss, SoftLabels(encoding, num_classes, temperature, settings.tail, settings.standardize))
+    given = SoftLabels(encoding, num_classes, settings.temperature, settings.tail, settings.standardize)
+    check_loss(settings.loss, given)
 
 
-def _check_learns(settings: TrainSettings) -> None:
-    """Where there are unlabeled rows."""
+def _check_learns(settings: TrainSettings, *, has_labeled: bool) -> None:
+    """Where there are unlabeled rows. Raises `LabelError` if neither they nor labeled ones count."""
+    if settings.alpha == 0 and not has_labeled:
+        raise LabelError("alpha 0 leaves out the soft labels, and there are no labels: nothing to learn from")
     if settings.alpha == 0 and settings.labeled_fraction == 0:
         raise LabelError("alpha 0 leaves out the soft labels and labeled fraction 0 the labels: nothing to learn from")
 
