@@ -38,6 +38,7 @@ bench: install
 	$(BIN)/python benchmarks/train.py
 	$(BIN)/python benchmarks/loader.py
 	$(BIN)/python benchmarks/student_views.py
+	$(BIN)/python benchmarks/losses.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/plan.py
 	$(BIN)/python benchmarks/scale.py
