@@ -114,7 +114,9 @@ class TeacherClock:
             self._spans.append(lambda: start.elapsed_time(end) / 1000)
 
     def take(self) -> float:
-        """Seconds a step since the last call; the device must be done."""
+        """Seconds a step since the last call; waits for the device."""
+        if not self._on_cpu:
+            torch.cuda.synchronize()
         taken, self._spans = self._spans, []
         return sum(seconds() for seconds in taken) / max(len(taken), 1)
 
