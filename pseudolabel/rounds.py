@@ -95,21 +95,13 @@ def run(
     """
     started = time.monotonic()
     pipeline = _Pipeline(recipe, storage.location(out), place or Place(), watcher or Quiet())
+    pipeline.check()
     with storage.held(pipeline.out):
         return _run(pipeline, started)
 
 
 def _run(pipeline: _Pipeline, started: float) -> RunResult:
     recipe, out = pipeline.recipe, pipeline.out
-    check_before_annotating(
-        recipe.train,
-        recipe.annotate,
-        pipeline.classes or named_beside(pipeline.labeled),
-        calibrated=recipe.calibrate is not None,
-        device=pipeline.place.device,
-    )
-    if recipe.teacher.train is None:  # or else that training checks them
-        check_labeled(pipeline.labeled, len(pipeline.classes) if pipeline.classes is not None else None)
     pipeline.claim()
     teacher_uris, teacher_row = pipeline.first_teacher()
     rounds: list[Round] = []
@@ -150,6 +142,18 @@ class _Pipeline:
     @property
     def fingerprint(self) -> str:
         return hashlib.sha256(json.dumps(self.recipe.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+    def check(self) -> None:
+        """Refuse what can be seen to contradict itself, before anything is written or labeled."""
+        check_before_annotating(
+            self.recipe.train,
+            self.recipe.annotate,
+            self.classes or named_beside(self.labeled),
+            calibrated=self.recipe.calibrate is not None,
+            device=self.place.device,
+        )
+        if self.recipe.teacher.train is None:  # or else that training checks them
+            check_labeled(self.labeled, len(self.classes) if self.classes is not None else None)
 
     def claim(self) -> None:
         """Write the recipe, or find it. Raises `OutputExists` for another one."""

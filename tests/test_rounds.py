@@ -107,7 +107,7 @@ def test_what_no_student_could_learn_from_is_refused_before_annotating(
 ) -> None:
     with pytest.raises(SpecError, match=message):
         _run(load_recipe(recipe_file, overrides), tmp_path / "run")
-    assert not (tmp_path / "run" / "round-1").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_recipe_that_leaves_init_alone_reads_as_before(recipe_file: Path, tmp_path: Path) -> None:
