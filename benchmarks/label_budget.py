@@ -20,7 +20,6 @@ bucket. Read the table so:
 
 from __future__ import annotations
 
-import argparse
 import io
 import os
 import shutil
@@ -148,12 +147,7 @@ def label_bytes(store: Path, encoding: str, num_classes: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="a run of some seconds: is the script sound?")
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout, the table on stderr")
-    parser.add_argument("--images", type=Path, default=bundled("data/fashion-mnist"), help="directory of IDX files")
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser = setup.seeded_parser(__doc__, 600, bundled("data/fashion-mnist"))
     parser.add_argument("--classes", type=int, choices=list(ENCODINGS), help="one of the tasks alone")
     arguments = parser.parse_args()
     steps, seeds = (10, 1) if arguments.quick else (arguments.steps, arguments.seeds)

@@ -13,7 +13,6 @@ wants another learning rate or parameter.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import tempfile
@@ -58,12 +57,7 @@ def one_run(scratch: Path, name: str, steps: int, seed: int, lr: float) -> float
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="a run of some seconds: is the script sound?")
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout, the table on stderr")
-    parser.add_argument("--images", type=Path, default=bundled("data/fashion-mnist"), help="directory of IDX files")
-    parser.add_argument("--steps", type=int, default=2500)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser = setup.seeded_parser(__doc__, 2500, bundled("data/fashion-mnist"))
     parser.add_argument("--lr", type=float, default=student_views.STUDENT.lr)
     parser.add_argument("--processes", type=int, default=2)
     arguments = parser.parse_args()

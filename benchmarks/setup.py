@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -39,6 +40,17 @@ def parse_arguments(
     for flag, text in (flags or {}).items():
         parser.add_argument(flag, action="store_true", help=text)
     return parser.parse_args()
+
+
+def seeded_parser(doc: str | None, steps: int, images: Path) -> argparse.ArgumentParser:
+    """For what students reach: `--quick`, `--json`, `--images`, `--steps` and `--seeds`."""
+    parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="a run of some seconds: is the script sound?")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout, the table on stderr")
+    parser.add_argument("--images", type=Path, default=images, help="directory of IDX files")
+    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--seeds", type=int, default=3)
+    return parser
 
 
 @dataclass

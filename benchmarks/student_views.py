@@ -18,7 +18,6 @@ processes side by side, a run of annotate not counted.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import tempfile
@@ -128,12 +127,7 @@ def prepare(images: Path, scratch: Path, *, views: int = VIEWS, quick: bool) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="a run of some seconds: is the script sound?")
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout, the table on stderr")
-    parser.add_argument("--images", type=Path, default=bundled("data/fashion-mnist"), help="directory of IDX files")
-    parser.add_argument("--steps", type=int, default=8000)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser = setup.seeded_parser(__doc__, 8000, bundled("data/fashion-mnist"))
     parser.add_argument("--processes", type=int, default=2)
     arguments = parser.parse_args()
     steps, seeds = (10, 1) if arguments.quick else (arguments.steps, arguments.seeds)

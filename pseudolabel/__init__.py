@@ -26,13 +26,13 @@ if TYPE_CHECKING:
     from pseudolabel.leaks import find_leaks as find_leaks
     from pseudolabel.losses import kd_loss as kd_loss
     from pseudolabel.pack import pack as pack
+    from pseudolabel.place import Place as Place
     from pseudolabel.plan import Plan as Plan
     from pseudolabel.plan import plan as plan
     from pseudolabel.recipe import load_recipe as load_recipe
     from pseudolabel.replay import open_replay as open_replay
     from pseudolabel.replay import replay as replay
     from pseudolabel.report import write_report as write_report
-    from pseudolabel.rounds import Place as Place
     from pseudolabel.rounds import run as run
     from pseudolabel.selection import open_selection as open_selection
     from pseudolabel.selection.select import select as select
@@ -70,7 +70,7 @@ _HOME = {
     "open_replay": "replay",
     "replay": "replay",
     "write_report": "report",
-    "Place": "rounds",
+    "Place": "place",
     "run": "rounds",
     "open_selection": "selection",
     "select": "selection.select",

@@ -13,8 +13,9 @@ from pathlib import Path
 from pseudolabel import storage
 from pseudolabel.errors import OutputExists, RecipeError, StorageError
 from pseudolabel.pack import pack
+from pseudolabel.place import Place, Watcher
 from pseudolabel.recipe import Recipe, load_recipe
-from pseudolabel.rounds import Place, Watcher, run
+from pseudolabel.rounds import run
 from pseudolabel.run_result import RunResult
 from pseudolabel.specs import Spec, nearest
 

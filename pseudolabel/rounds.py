@@ -19,69 +19,32 @@ import hashlib
 import json
 import os
 import time
-from dataclasses import asdict, dataclass, field
-from typing import Protocol
+from dataclasses import asdict
 
 import tomli_w
 
 from pseudolabel import specs, storage
-from pseudolabel.annotate import Progress, annotate
+from pseudolabel.annotate import annotate
 from pseudolabel.checkpoint import read_card
 from pseudolabel.classes.names import read_classes
 from pseudolabel.classes.space import named_beside
-from pseudolabel.engines import default_engine
 from pseudolabel.errors import OutputExists
 from pseudolabel.evaluations import Evaluations
-from pseudolabel.interfaces import Engine, Teacher, Tracker
+from pseudolabel.interfaces import Teacher
 from pseudolabel.labels.store import open_store
+from pseudolabel.place import Place, Quiet, Watcher
 from pseudolabel.recipe import Recipe, differences
 from pseudolabel.run_result import Round, RunResult, table
 from pseudolabel.settings import TrainSettings
-from pseudolabel.shard_lists import Shard, list_shards
+from pseudolabel.shard_lists import list_shards
 from pseudolabel.storage import Location
 from pseudolabel.teachers import parse_teachers
 from pseudolabel.train import TrainResult, train
-from pseudolabel.training.image_cache import CacheMode
 from pseudolabel.training.inputs import check_labeled
-from pseudolabel.training.loop import TrainProgress
 from pseudolabel.training.setup import check_before_annotating
 from pseudolabel.training.step_times import advice, summary
 from pseudolabel.training.tracking import grouped
 from pseudolabel.trusting import Trust, known_leaks, needs_evidence, settle_trust
-
-
-class Watcher(Protocol):
-    """Is told what goes on."""
-
-    def stage(self, title: str, shards: list[Shard] | None = None) -> None: ...
-    def annotating(self, progress: Progress) -> None: ...
-    def training(self, progress: TrainProgress) -> None: ...
-
-
-class Quiet:
-    """A watcher that tells nobody."""
-
-    def stage(self, title: str, shards: list[Shard] | None = None) -> None:
-        pass
-
-    def annotating(self, progress: Progress) -> None:
-        pass
-
-    def training(self, progress: TrainProgress) -> None:
-        pass
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where, how fast and seen by whom: nothing here changes a result."""
-
-    engine: Engine = field(default_factory=default_engine)
-    device: str = "cpu"
-    workers: int = 0
-    threads: int | None = None
-    trackers: tuple[Tracker, ...] = ()
-    cache: CacheMode = "auto"
-    profile: bool = False
 
 
 def run(

@@ -31,8 +31,9 @@ from pseudolabel.display import Display
 from pseudolabel.engines.local import LocalEngine
 from pseudolabel.labels.store import open_store
 from pseudolabel.labels.verify import verify
+from pseudolabel.place import Place
 from pseudolabel.recipe import load_recipe
-from pseudolabel.rounds import Place, run
+from pseudolabel.rounds import run
 from pseudolabel.settings import AnnotateSettings, AugmentSettings, TrainSettings
 from pseudolabel.shard_lists import list_shards
 from pseudolabel.teachers import parse_teachers

@@ -17,9 +17,10 @@ from pseudolabel.engines.local import LocalEngine
 from pseudolabel.errors import OutputExists, RecipeError, SpecError, StoreError
 from pseudolabel.evaluate import evaluate
 from pseudolabel.labels.store import open_store
+from pseudolabel.place import Place
 from pseudolabel.recipe import Recipe, load_recipe
 from pseudolabel.report import write_report
-from pseudolabel.rounds import Place, run
+from pseudolabel.rounds import run
 from pseudolabel.run_result import RunResult, table
 from pseudolabel.shard_lists import list_shards
 from pseudolabel.shards import read_samples, write_shard

@@ -20,8 +20,9 @@ from pseudolabel import storage
 from pseudolabel.engines.local import LocalEngine
 from pseudolabel.errors import Diverged, OutputExists, SpecError, TrackerError
 from pseudolabel.interfaces import TrackedRun, Tracker
+from pseudolabel.place import Place
 from pseudolabel.recipe import load_recipe
-from pseudolabel.rounds import Place, run
+from pseudolabel.rounds import run
 from pseudolabel.rundir import read_metrics
 from pseudolabel.settings import TrainSettings
 from pseudolabel.trackers import parse_tracker

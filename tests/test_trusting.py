@@ -23,8 +23,9 @@ from pseudolabel.labels.encodings import Dense, TopK, parse_encoding
 from pseudolabel.labels.store import Store, open_store
 from pseudolabel.labels.targets import StoredTargets
 from pseudolabel.losses import kd
+from pseudolabel.place import Place
 from pseudolabel.recipe import load_recipe
-from pseudolabel.rounds import Place, run
+from pseudolabel.rounds import run
 from pseudolabel.selection import open_selection
 from pseudolabel.selection.select import select
 from pseudolabel.settings import AnnotateSettings, AugmentSettings, SelectSettings, TrainSettings

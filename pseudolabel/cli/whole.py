@@ -42,9 +42,10 @@ def run(
     """Run a recipe: teacher, rounds of annotate and train, control, table. Finished stages are skipped."""
     fork_server()
     from pseudolabel.engines.local import LocalEngine
+    from pseudolabel.place import Place
     from pseudolabel.recipe import load_recipe
     from pseudolabel.report import write_report
-    from pseudolabel.rounds import Place, run
+    from pseudolabel.rounds import run
     from pseudolabel.run_result import table
     from pseudolabel.trackers import parse_tracker
 
@@ -94,8 +95,8 @@ def demo(
     fork_server()
     from pseudolabel.demo import demo
     from pseudolabel.engines.local import LocalEngine
+    from pseudolabel.place import Place
     from pseudolabel.report import write_report
-    from pseudolabel.rounds import Place
     from pseudolabel.run_result import table
 
     with Display() as display:

@@ -6,8 +6,8 @@ numbers depend on seed and policy only: a model of another input size sees the s
 
 torchvision's own operations compute in floating point, and multiply-add is fused on some CPUs and not on others:
 measured, saturation gives other levels with and without AVX2. Integer arithmetic and tables of 256 levels can't
-differ, neither between machines nor between versions. Colours are computed in int32, in place: on 224 pixels in RGB in
-half the time of tables.
+differ, neither between machines nor between versions. Colours are computed in int32, in place, which on photographs
+is quicker than tables.
 """
 
 from __future__ import annotations
